@@ -1,0 +1,49 @@
+# make quickstart: distil the shipped student with three divergences, on and off policy, and open the report
+# make test:       everything that must hold
+# make lint:       ruff and mypy
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint format docs bench build clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/kullback compare recipes/quickstart.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+build: $(VENV)/.installed-build
+	$(BIN)/python -m build
+
+$(VENV)/bin/python:
+	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
+	touch $@
+
+# One rule for the extras: .installed-test brings what the tests need, and so on.
+EXTRAS_test := test,peers
+EXTRAS_lint := lint
+EXTRAS_docs := docs
+EXTRAS_build := build
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS_$*)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site runs
