@@ -1,0 +1,37 @@
+"""What changes over time in language-model runs: controllers that read metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+
+@final
+@dataclass(frozen=True)
+class EntropyGate:
+    """Lengthen training text only while the student stays undecided enough (arXiv 2605.16826, curriculum).
+
+    Starts at the first of `lengths`. After each probe: entropy on the student's own held-out text at least
+    `minimum_entropy` nats per token moves to the next length; the first time it is less, the length stays for good.
+    """
+
+    lengths: tuple[int, ...]
+    minimum_entropy: float
+
+    reads: tuple[str, ...] = ("probe/entropy",)
+    writes: tuple[str, ...] = ("source.max_completion",)
+    when: Literal["step", "probe"] = "probe"
+
+    def __post_init__(self) -> None:
+        if list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise ValueError(f"schedule.lengths={list(self.lengths)} must be positive and increasing")
+
+    def start(self) -> tuple[dict[str, Any], dict[str, float]]:
+        return {"rung": 0, "stopped": False}, {"source.max_completion": float(self.lengths[0])}
+
+    def update(
+        self, state: dict[str, Any], step: int, seen: Mapping[str, float]
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        rung, stopped = state["rung"], state["stopped"] or seen["probe/entropy"] < self.minimum_entropy
+        if not stopped:
+            rung = min(rung + 1, len(self.lengths) - 1)
+        return {"rung": rung, "stopped": stopped}, {"source.max_completion": float(self.lengths[rung])}

@@ -1,0 +1,214 @@
+"""Whose text: the data set's, the teacher's, the student's own, or a mixture."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from kullback.lm.chat import end_ids, prompt_ids, reply_ids
+from kullback.lm.generate import generate
+from kullback.lm.models import context_length
+from kullback.lm.moment import Moment
+from kullback.lm.rollout import Origin, Rollout, build_rollout, concatenate
+from kullback.lm.tasks import Problem
+
+Placed = Sequence[tuple[int, Problem]]
+
+
+class Source(ABC):
+    """Draws whole groups of rows. `writes` says whose tokens come out, which decides what gradient may be taken on them."""
+
+    writes: frozenset[Origin]
+    says: str
+
+    def draw(self, at: Moment) -> Rollout:
+        """This rank's rows of the step."""
+        return self.write(at.problems(), at)
+
+    @abstractmethod
+    def write(self, problems: Placed, at: Moment) -> Rollout:
+        """Rows for these problems, each given with its place in the step."""
+
+
+def read_prompt(problem: Problem, at: Moment, completion: int) -> list[int]:
+    """Token ids of a problem as the student reads it, with room for `completion` more.
+
+    Raises:
+        ValueError: longer than `source.max_prompt`, or prompt and completion exceed the student's context.
+    """
+    ids = prompt_ids(at.tokenizer, problem.messages)
+    limit, room = at.method.max_prompt, context_length(at.model("student"))
+    if len(ids) > limit:
+        raise ValueError(
+            f"problem {problem.id!r}: its prompt has {len(ids)} tokens, source.max_prompt is {limit}; raise it or drop the problem"
+        )
+    if room is not None and len(ids) + completion > room:
+        raise ValueError(
+            f"problem {problem.id!r}: {len(ids)} prompt tokens and up to {completion} of completion exceed the student's context of "
+            f"{room}; set source.max_completion to at most {max(room - len(ids), 0)}, or drop the problem"
+        )
+    return ids
+
+
+def _note(problem: Problem, source: str) -> dict[str, Any]:
+    return {"problem_id": problem.id, "messages": problem.messages, "source": source}
+
+
+@final
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """The data set's own replies, as they stand."""
+
+    writes = frozenset({Origin.DATASET})
+    says = "replies of the data set"
+
+    def write(self, problems: Placed, at: Moment) -> Rollout:
+        prompts, completions, origins = [], [], []
+        for _, problem in problems:
+            if not problem.reply:
+                raise ValueError(
+                    f"problem {problem.id!r} of {at.task.name} has no reply to train on; add a completion column, or let a model write "
+                    "with source.student_fraction=1 or method: sequence_kd"
+                )
+            ids, origin = reply_ids(at.tokenizer, problem.messages, problem.reply)
+            completions.append(ids[: at.method.max_completion])
+            origins.append(origin[: at.method.max_completion])
+            prompts.append(read_prompt(problem, at, len(completions[-1])))
+        return build_rollout(
+            prompts, completions, origins, notes=[_note(problem, "dataset") for _, problem in problems]
+        )
+
+
+@final
+@dataclass(frozen=True)
+class PlayerSource(Source):
+    """A model writes, `samples` completions for each prompt, at the method's sampling temperature.
+
+    With `once`, what it wrote for a problem is kept and read again whenever the problem comes back.
+    """
+
+    player: str
+    origin: Origin
+    once: bool = False
+
+    @property
+    def writes(self) -> frozenset[Origin]:  # type: ignore[override]
+        return frozenset({self.origin})
+
+    @property
+    def says(self) -> str:  # type: ignore[override]
+        return f"text the {self.player} writes" + (", kept and read again" if self.once else "")
+
+    def write(self, problems: Placed, at: Moment) -> Rollout:
+        samples = at.method.samples
+        drawn_as = (
+            f"{self.player}, {samples} samples of {at.method.max_completion} at {at.method.sampling_temperature:g}"
+        )
+        kept = at.store.setdefault(drawn_as, {}) if self.once else {}
+        fresh = [(slot, problem) for slot, problem in problems if problem.id not in kept]
+        written = self._sample(fresh, samples, at) | kept
+        if self.once:
+            kept |= written
+        rows = [(problem, *row) for _, problem in problems for row in written[problem.id]]
+        return build_rollout(
+            [prompt for _, prompt, _, _, _ in rows],
+            [completion for _, _, completion, _, _ in rows],
+            [[int(self.origin)] * len(completion) for _, _, completion, _, _ in rows],
+            log_probs=[log_probs for _, _, _, log_probs, _ in rows],
+            group=[i for i in range(len(problems)) for _ in range(samples)],
+            rewards=[rewards for _, _, _, _, rewards in rows],
+            notes=[_note(problem, self.player) for problem, *_ in rows],
+        )
+
+    def _sample(self, problems: Placed, samples: int, at: Moment) -> dict[str, list[tuple[Any, ...]]]:
+        if not problems:
+            return {}
+        model, limit = at.model(self.player), at.method.max_completion
+        prompts = [read_prompt(problem, at, limit) for _, problem in problems]
+        keys: list[tuple[int | str, ...]] = [
+            (problem.id, sample) if self.once else (at.step, slot, sample)
+            for slot, problem in problems
+            for sample in range(samples)
+        ]
+        written = generate(
+            model,
+            prompts,
+            at.uniforms(f"rollout/{self.player}", keys, limit),
+            end_ids=end_ids(at.tokenizer, model),
+            samples=samples,
+            temperature=at.method.sampling_temperature,
+            rows_at_once=at.rows_at_once,
+        )
+        texts = at.tokenizer.batch_decode(written.completions, skip_special_tokens=True)
+        rows: dict[str, list[tuple[Any, ...]]] = {}
+        for row, text in enumerate(texts):
+            _, problem = problems[row // samples]
+            rewards = {**at.task.verify(problem, text), "finished": float(written.finished[row])}
+            rows.setdefault(problem.id, []).append(
+                (prompts[row // samples], written.completions[row], written.log_probs[row], rewards)
+            )
+        return rows
+
+
+@final
+@dataclass(frozen=True)
+class MixedSource(Source):
+    """Each prompt goes to one of several sources, drawn by weight."""
+
+    parts: tuple[tuple[float, Source], ...]
+
+    @property
+    def writes(self) -> frozenset[Origin]:  # type: ignore[override]
+        return frozenset().union(*(source.writes for _, source in self.parts))
+
+    @property
+    def says(self) -> str:  # type: ignore[override]
+        total = sum(weight for weight, _ in self.parts)
+        return " and ".join(f"{weight / total:.0%} {source.says}" for weight, source in self.parts)
+
+    def write(self, problems: Placed, at: Moment) -> Rollout:
+        total = sum(weight for weight, _ in self.parts)
+        keys: list[tuple[int | str, ...]] = [(at.step, slot) for slot, _ in problems]
+        draws = (at.uniforms("mixture", keys, 1)[:, 0] * total).tolist()
+        shares: list[list[tuple[int, Problem]]] = [[] for _ in self.parts]
+        for placed, draw in zip(problems, draws, strict=True):
+            shares[self._which(draw)].append(placed)
+        return concatenate(
+            [source.write(share, at) for (_, source), share in zip(self.parts, shares, strict=True) if share]
+        )
+
+    def _which(self, draw: float) -> int:
+        for index, (weight, _) in enumerate(self.parts):
+            draw -= weight
+            if draw < 0:
+                return index
+        return len(self.parts) - 1
+
+
+def dataset() -> Source:
+    """The data set's own replies."""
+    return DatasetSource()
+
+
+def student() -> Source:
+    """The student's own completions, fresh at every step."""
+    return PlayerSource("student", Origin.STUDENT)
+
+
+def teacher(*, once: bool = True) -> Source:
+    """The teacher's completions, written once for each problem."""
+    return PlayerSource("teacher", Origin.TEACHER, once=once)
+
+
+def mix(*parts: tuple[float, Source]) -> Source:
+    """Several sources by weight; those of weight 0 are left out.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0.
+    """
+    if any(weight < 0 for weight, _ in parts) or not any(weight > 0 for weight, _ in parts):
+        raise ValueError(
+            f"a mixture of sources needs weights that are not negative and not all 0, got {[w for w, _ in parts]}"
+        )
+    left = tuple((float(weight), source) for weight, source in parts if weight > 0)
+    return left[0][1] if len(left) == 1 else MixedSource(left)

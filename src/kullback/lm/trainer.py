@@ -1,0 +1,184 @@
+"""The one driver for text: an `Engine` inside `transformers.Trainer`, which brings devices, sharding, callbacks and trackers."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kullback.lm.engine import Engine
+from kullback.run.directory import RunDirectory
+from kullback.run.progress import ProgressBar
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` with three answers of its own: where batches come from, what the loss is, what is logged.
+
+    A draw must see the weights that the last step left, so batches are made when the step begins; the loader that the
+    base class insists on only counts.
+    """
+
+    def __init__(
+        self, engine: Engine, directory: RunDirectory, args: transformers.TrainingArguments, **kwargs: Any
+    ) -> None:
+        self.engine, self.directory = engine, directory
+        self.started, self.new_metrics = time.monotonic(), {}
+        super().__init__(model=engine.at.model("student"), args=args, train_dataset=[0] * args.max_steps, **kwargs)
+        self.model_accepts_loss_kwargs = True  # with a count of items the base class leaves our normalisation alone
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader([0] * (self.args.max_steps * self.args.gradient_accumulation_steps), batch_size=1)  # type: ignore[arg-type]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        batches = self.engine.prepare(self.state.global_step)
+        return [{"batch": batch, "input_ids": batch.rollout.completions} for batch in batches], torch.ones(
+            (), device=device
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        wrapped = model if model is not self.engine.at.model("student") else None
+        loss = self.engine.loss(inputs["batch"], wrapped=wrapped)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {float(loss)} at step {self.state.global_step}: lower train.learning_rate, or train.max_grad_norm; "
+                "`kullback inspect` shows the batch, the last checkpoint is kept"
+            )
+        return loss * self.engine.at.world  # DDP divides gradients by the number of ranks
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        row = {
+            "loss": logs.get("loss"),
+            "learning_rate": logs.get("learning_rate"),
+            "gradient_norm": logs.get("grad_norm"),
+        }
+        row = {name: value for name, value in row.items() if value is not None}
+        if "loss" in row:
+            row |= self.new_metrics
+            seconds = time.monotonic() - self.started
+            if self.is_world_process_zero():
+                self.directory.append_metrics({"step": self.state.global_step, "time": round(seconds, 3), **row})
+            super().log(logs | self.new_metrics, start_time)
+        else:
+            super().log(logs, start_time)
+
+
+class Keeper(transformers.TrainerCallback):
+    """Between steps: collects metrics, probes, shows progress, and keeps what a resumed run needs."""
+
+    def __init__(
+        self, progress: ProgressBar, *, probe: Callable[[], dict[str, float]] | None, probe_every: int
+    ) -> None:
+        self.progress, self.probe, self.probe_every = progress, probe, probe_every
+        self.trainer: Trainer | None = None
+        self.stop = False
+        self.step_started = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        engine = self.trainer.engine
+        metrics = engine.metrics()
+        if self.probe is not None and state.global_step % self.probe_every == 0:
+            found = {f"probe/{name}": value for name, value in self.probe().items()}
+            engine.seen |= found
+            engine.control("probe", state.global_step)
+            metrics |= found
+        self.trainer.new_metrics = metrics
+        for cache in engine.at.caches.values():
+            cache.flush()
+        shown = {
+            name.removeprefix("rollout/").removeprefix("term/"): value
+            for name, value in metrics.items()
+            if name in _SHOWN or name.startswith("term/")
+        }
+        self.progress.advance(**shown)
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_state(self.trainer.engine.state(), folder)
+        (folder / "complete").touch()
+
+
+_SHOWN = {"rollout/accuracy", "rollout/length", "rollout/entropy"}
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """JSON for what is plain, safetensors for what is a tensor: nothing is pickled."""
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous()
+            return {"__tensor__": path}
+        if isinstance(value, dict):
+            return {str(key): plain(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{path}/{index}") for index, item in enumerate(value)]
+        return value
+
+    text = json.dumps(plain(state, ""))
+    if tensors:
+        save_file(tensors, folder / "kullback_state.safetensors")
+    temporary = folder / "kullback_state.json.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, folder / "kullback_state.json")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote."""
+    path = folder / "kullback_state.safetensors"
+    tensors = load_file(path) if path.is_file() else {}
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            return (
+                tensors[value["__tensor__"]]
+                if set(value) == {"__tensor__"}
+                else {key: whole(item) for key, item in value.items()}
+            )
+        return [whole(item) for item in value] if isinstance(value, list) else value
+
+    state: dict[str, Any] = whole(json.loads((folder / "kullback_state.json").read_text()))
+    return state
+
+
+@contextmanager
+def stop_between_steps(keeper: Keeper) -> Any:
+    """On Ctrl-C or SIGTERM finish the step, write a checkpoint and return; a second signal stops at once."""
+    before = {}
+
+    def ask(number: int, frame: Any) -> None:
+        if keeper.stop:
+            raise KeyboardInterrupt
+        keeper.stop = True
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # only the main thread may set handlers; elsewhere the owner of the signals decides
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,229 @@
+"""Verifiers: a function of (problem, completion text) that says whether the completion is right.
+
+Every verifier returns a dict of floats. "accuracy" is 0 or 1; "score" is the graded value where a verifier has one.
+`verifier(...)` builds one from its name; `Task.verify` calls it and turns a failure into {"accuracy": nan, "error": 1}.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kullback.lm.tasks import Problem
+
+Verifier = Callable[["Problem", str], dict[str, float]]
+
+EXTRACTS = ("auto", "tag", "last_line", "equals", "boxed", "all")
+NAMES = ("exact", "reasoning_gym", "math")
+
+
+def extract_answer(text: str, how: str = "auto") -> str | None:
+    r"""The answer inside a completion, stripped; None where the text has none.
+
+    Args:
+        how: "tag", the last <answer>...</answer>; "last_line", the last line that is not empty; "equals", what follows
+            the last "=" of that line; "boxed", the last \boxed{...}; "all", the whole text; "auto", the tag if there
+            is one, else the last line.
+
+    >>> extract_answer("12+7=19;19-5=14", "equals")
+    '14'
+    >>> extract_answer("Sure.\n<answer> 14 </answer> Bye!")
+    '14'
+    """
+    if how not in EXTRACTS:
+        raise ValueError(f"extract={how!r}: choose one of {', '.join(EXTRACTS)}{_nearest(how, EXTRACTS)}")
+    if how in ("auto", "tag"):
+        tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        if tags:
+            return str(tags[-1]).strip()
+        if how == "tag":
+            return None
+    if how == "all":
+        return text.strip() or None
+    if how == "boxed":
+        return _last_boxed(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    if how == "equals":
+        _, found, answer = lines[-1].rpartition("=")
+        return (answer.strip() or None) if found else None
+    return lines[-1]
+
+
+def exact(extract: str = "auto") -> Verifier:
+    """1 where the extracted answer and the gold answer are the same text, up to runs of white space."""
+
+    def verify(problem: "Problem", completion: str) -> dict[str, float]:
+        answer = extract_answer(completion, extract)
+        gold = " ".join(str(problem.answer).split())
+        return {"accuracy": float(answer is not None and " ".join(answer.split()) == gold)}
+
+    return verify
+
+
+def reasoning_gym(score_answer: Callable[[str | None, dict[str, Any]], float], extract: str = "auto") -> Verifier:
+    """reasoning-gym's own grading; "score" is its graded value, and only a full score counts as accurate."""
+
+    def verify(problem: "Problem", completion: str) -> dict[str, float]:
+        entry = {"question": problem.metadata["question"], "answer": problem.answer, "metadata": problem.metadata}
+        score = float(score_answer(extract_answer(completion, extract), entry))
+        return {"accuracy": float(score >= 1.0), "score": score}
+
+    return verify
+
+
+def math_answer(extract: str | None = None, timeout: float = 5.0) -> Verifier:
+    """math-verify: 1 where the two are the same mathematical object (1/2 and 0.5, sets, intervals, LaTeX).
+
+    Args:
+        extract: None lets math-verify find the answer in the whole completion; otherwise as in `extract_answer`.
+        timeout: seconds before a comparison is given up and reported as an error.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ValueError("verifier='math' needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+
+    def verify(problem: "Problem", completion: str) -> dict[str, float]:
+        answer = completion if extract is None else extract_answer(completion, extract)
+        if answer is None or not answer.strip():
+            return {"accuracy": 0.0}
+        return {"accuracy": float(_MATH.equal(str(problem.answer), answer, timeout))}
+
+    return verify
+
+
+def user_function(where: str) -> Verifier:
+    """A person's own verifier, `path/to/file.py:function`; see `from_callable`."""
+    return from_callable(load_function(where, "task.verifier"))
+
+
+def from_callable(function: Callable[["Problem", str], Any]) -> Verifier:
+    """A verifier from any function of (problem, completion text).
+
+    It returns a bool or a float (then "score" is the value and "accuracy" whether it reaches 1) or a dict of floats,
+    which is kept as it is.
+    """
+
+    def verify(problem: "Problem", completion: str) -> dict[str, float]:
+        value = function(problem, completion)
+        if isinstance(value, Mapping):
+            return {str(name): float(number) for name, number in value.items()}
+        score = float(value)
+        return {"accuracy": float(score >= 1.0), "score": score}
+
+    return verify
+
+
+def load_function(where: str, field: str) -> Callable[..., Any]:
+    """The function that `path/to/file.py:function` names; `field` is the option to blame in an error."""
+    path_text, _, name = where.rpartition(":")
+    path = Path(path_text).expanduser()
+    if not path_text.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"{field}={where!r}: write it as path/to/file.py:function")
+    if not path.is_file():
+        raise ValueError(f"{field}={where!r}: there is no file {path.resolve()}")
+    spec = importlib.util.spec_from_file_location(f"kullback_user_{path.stem}", path)
+    assert spec is not None  # a .py path always has both
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{field}={where!r}: the file fails on import with {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"{field}={where!r}: the file defines no function {name!r}; it has {', '.join(names) or 'none'}"
+        )
+    return function
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len(r"\boxed{")
+    for at in range(begin - 1, len(text)):  # braces nest, so a regular expression will not do
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[begin:at].strip()
+    return None
+
+
+def _nearest(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+_MATH_WORKER = """
+import json, sys
+from math_verify import parse, verify
+print("ready", flush=True)
+for line in sys.stdin:
+    gold, answer = json.loads(line)
+    try:
+        result = bool(verify(parse("$" + gold + "$") or parse(gold), parse(answer)))
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    print(json.dumps(result), flush=True)
+"""
+
+
+class _MathWorker:
+    """math-verify in a process of its own, one question at a time.
+
+    Its own time limit is a SIGALRM, which works in the main thread only and cannot stop C code; a process can be
+    killed from any thread, and takes the memory of a runaway simplification with it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, gold: str, answer: str, timeout: float) -> bool:
+        with self._lock:
+            process = self._started()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([gold, answer]) + "\n")
+            process.stdin.flush()
+            result = json.loads(self._line(process, timeout))
+        if isinstance(result, str):
+            raise RuntimeError(f"math-verify failed on {answer[-80:]!r}: {result}")
+        return bool(result)
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _MATH_WORKER],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            self._line(self._process, 120.0)  # importing sympy takes seconds; not part of anyone's time limit
+        return self._process
+
+    def _line(self, process: "subprocess.Popen[str]", timeout: float) -> str:
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], timeout)
+        line = process.stdout.readline() if ready else ""
+        if not line:
+            process.kill()
+            process.wait()
+            self._process = None
+            raise TimeoutError(f"math-verify gave no answer within {timeout:g} s")
+        return line
+
+
+_MATH = _MathWorker()
