@@ -55,7 +55,7 @@ def test_another_teacher_tokenizer_or_k_is_refused(tmp_path: Path, change: dict[
 
 def filled(folder: Path) -> TopKCache:
     cache = TopKCache(folder, **IDENTITY)
-    cache.add("ab" * 16, torch.randn(3, 4), torch.arange(12).view(3, 4), torch.randn(3))
+    cache.add("ab" * 16, torch.randn(3, 4), torch.arange(12).view(3, 4), torch.randn(3), torch.randn(3))
     cache.flush()
     return cache
 

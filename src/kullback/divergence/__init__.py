@@ -8,10 +8,10 @@ kullback's.
 
 from kullback.divergence import peers
 from kullback.divergence.curves import FDivergence
-from kullback.divergence.family import Member, divergences, register
+from kullback.divergence.family import Member, divergences, register, unregister
 from kullback.divergence.parse import divergence
 from kullback.divergence.topk import Tail, TopK
 
 divergence.peers = peers  # type: ignore[attr-defined]  # kullback.divergence is this function, seen from outside
 
-__all__ = ["FDivergence", "Member", "Tail", "TopK", "divergence", "divergences", "peers", "register"]
+__all__ = ["FDivergence", "Member", "Tail", "TopK", "divergence", "divergences", "peers", "register", "unregister"]

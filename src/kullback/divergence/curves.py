@@ -10,8 +10,8 @@
 | `curvature` | h(u) = u^2 f''(u) = -d link / d log u         |
 
 Everything is in nats and float32 or wider. A member implements four products (`_value` = m f, `_link` = m g,
-`_slope` = t f', `_curvature` = m h) over a `Pair` of finite log-weights; zero weights are handled here, once, by `Limits`.
-The curves themselves are those products with log model = 0.
+`_slope` = t f', `_curvature` = m h) over a `Pair` of finite log-weights; zero weights are handled here, once, by
+`Limits`. The curves themselves are those products with log model = 0.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from kullback.divergence import categorical, linear, sampled, topk
 from kullback.divergence.inverse import solve_link
 from kullback.divergence.pair import INF, Limits, Pair, promote, together
+from kullback.divergence.sampled import Estimator, Route
 
 if TYPE_CHECKING:
     from kullback.divergence.topk import Tail, TopK
@@ -180,9 +181,13 @@ class FDivergence(ABC):
     def weighted_plain(
         self, target_log_prob: Float[Tensor, "*shape"], model_log_prob: Float[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape"]:
-        """model * f_plain(target / model), f_plain the textbook generator: reverse KL -model log u, forward KL target log u."""
+        """model * f_plain(target / model), the textbook generator: reverse KL -model log u, forward KL target log u."""
         f_zero, f_infinity, slope = self.limits.value_zero, self.limits.slope_infinity, self.plain_slope
-        return self._at_weights(target_log_prob, model_log_prob, self._plain, f_zero - slope, f_infinity + slope)
+        plain = self._at_weights(target_log_prob, model_log_prob, self._plain, f_zero - slope, f_infinity + slope)
+        if not plain.isnan().any():
+            return plain
+        # far out, where parts of a sum overflow with both signs, f and f_plain are equally infinite
+        return torch.where(plain.isnan(), self.weighted_value(target_log_prob, model_log_prob), plain)
 
     def _at_ratio(self, log_ratio: Tensor | float, curve: Curve, at_zero: float, at_infinity: float) -> Tensor:
         ratio = promote(log_ratio)
@@ -416,7 +421,7 @@ class FDivergence(ABC):
         model_log_prob: Float[Tensor, "*sample"],
         *,
         drawn_from: Literal["model", "target"] = "model",
-        estimator: sampled.Estimator = "centred",
+        estimator: Estimator = "centred",
     ) -> Float[Tensor, "*sample"]:
         return sampled.sampled(self, target_log_prob, model_log_prob, drawn_from=drawn_from, estimator=estimator)
 
@@ -425,7 +430,7 @@ class FDivergence(ABC):
         target_log_prob: Float[Tensor, "*sample"],
         model_log_prob: Float[Tensor, "*sample"],
         *,
-        route: sampled.Route | None = None,
+        route: Route | None = None,
         drawn_from: Literal["model", "target"] = "model",
         baseline: Float[Tensor, "*sample"] | float | None = None,
         target_grad: bool = False,
@@ -465,7 +470,7 @@ class Combination(FDivergence):
 
     @property
     def equation(self) -> str:
-        return " + ".join(d.equation if c == 1 else f"{number(c)} * [{d.equation}]" for c, d in self.terms)
+        return " + ".join(d.equation if c == 1 else f"{c:.6g} * [{d.equation}]" for c, d in self.terms)
 
     @property
     def smooth(self) -> bool:
@@ -529,7 +534,7 @@ class _Wrapper(FDivergence):
 
     @property
     def equation(self) -> str:
-        return f"{number(self.factor)} * [{self.inner.equation}]"
+        return f"{self.factor:.6g} * [{self.inner.equation}]"
 
     @property
     def smooth(self) -> bool:
@@ -680,7 +685,10 @@ class Reversed(FDivergence):
 @final
 @dataclass(frozen=True, repr=False)
 class Skewed(FDivergence):
-    """D(target, x) with x = share * target + (1 - share) * model. With s = (1 - share) m / x:  m g = x s g_D,  m h = x s^2 h_D."""
+    """D(target, x) with x = share * target + (1 - share) * model.
+
+    With s = (1 - share) m / x:  m g = x s g_D,  m h = x s^2 h_D,  g_D and h_D taken at target / x.
+    """
 
     inner: FDivergence
     share: float

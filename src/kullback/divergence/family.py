@@ -165,6 +165,7 @@ def register(name: str, divergence: FDivergence | Callable[..., FDivergence], **
     >>> register("cubic", FDivergence.from_generator(lambda u: abs(u - 1) ** 3, name="cubic"))
     >>> divergences()["cubic"]()
     divergence("cubic")
+    >>> unregister("cubic")
     """
     if not (name.isidentifier() and name == name.lower()) or name in ("unit", "reversed", "skew", *AMBIGUOUS):
         raise ValueError(f'name="{name}": use a lower-case word that is not yet taken, such as "my_divergence"')
@@ -176,6 +177,13 @@ def register(name: str, divergence: FDivergence | Callable[..., FDivergence], **
     if about.get("parameter") and about.get("default") is None:
         raise ValueError(f'name="{name}": say the default of {about["parameter"]}, which the bare name stands for')
     add(Member(name, divergence, **about))
+
+
+def unregister(name: str) -> None:
+    """Forget a divergence that `register` added."""
+    _FAMILY.pop(name)
+    for alias in [alias for alias, known in _ALIASES.items() if known == name]:
+        del _ALIASES[alias]
 
 
 for _member in (

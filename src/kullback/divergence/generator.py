@@ -1,8 +1,9 @@
 """A user's own f: checked, centred, differentiated, and continued to the ends of the log-ratio.
 
-Only f is given. f' and f'' come from autodiff in float64. Beyond |log_ratio| = 20 (or where f'' has lost its digits) the curvature h = u^2 f'' is
-continued by the power of u it has there, and link and value by the integrals of that power; so exp never overflows,
-and 1 / u, log u, u log u or u^2 keep their growth. Everything is exact for the alpha family and tends to it elsewhere.
+Only f is given. f' and f'' come from autodiff in float64. Beyond |log_ratio| = 20 (or where f'' has lost its digits)
+the curvature h = u^2 f'' is continued by the power of u it has there, link and value by the integrals of that power; so
+exp never overflows, and 1 / u, log u, u log u or u^2 keep their growth. That is exact for the alpha family and tends to
+the truth for every f whose curvature ends as a power of u.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ def solve_link(divergence: FDivergence, g: Tensor) -> Tensor:
         return root.to(g.dtype)
     slope = divergence.curvature(root.detach())
     step = torch.where(torch.isfinite(root) & (slope > 0), -1 / slope, torch.zeros_like(slope))
-    root = torch.where(torch.isfinite(root), root, root)
     return root.to(g.dtype) + step.to(g.dtype) * (g - g.detach())
 
 

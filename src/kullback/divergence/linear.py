@@ -42,8 +42,11 @@ class Head:
 
     def logits(self, hidden: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits of these tokens, written into `buffer`, and d logits / d product where that is not constant."""
-        product = torch.mm(hidden, self.weight.t())
-        logits = buffer[: len(hidden)].copy_(product)
+        logits = buffer[: len(hidden)]
+        if logits.dtype == hidden.dtype:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:  # half precision: the product in its own dtype, everything after it in float32
+            logits.copy_(torch.mm(hidden, self.weight.t()))
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1:
@@ -305,7 +308,8 @@ class _Fused(torch.autograd.Function):
         job: _Job,
         grad_enabled: bool,
     ) -> Tensor:
-        wants = tuple(bool(grad_enabled and need) for need in ctx.needs_input_grad[:3])
+        needs = ctx.needs_input_grad
+        wants = (grad_enabled and needs[0], grad_enabled and needs[1], grad_enabled and needs[2])
         values, grad_hidden, grad_weight, grad_bias = job.run(hidden, weight, bias, token_weight, wants)
         if token_weight is None:
             token_weight = torch.ones_like(values)

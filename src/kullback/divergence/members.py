@@ -126,7 +126,7 @@ def _power_minus_one(a: float, pair: Pair) -> Tensor:
 
 
 def _half(a: float, top: Tensor, gap: Tensor) -> Tensor:
-    """exp(top) * (exp(a n) - 1 - a (exp(n) - 1)) / (a (a - 1)) for n = gap <= 0, without cancellation for any real a."""
+    """exp(top) * (exp(a n) - 1 - a (exp(n) - 1)) / (a (a - 1)) for n = gap <= 0, without cancellation at any a."""
     weight, b = torch.exp(top), 1 - a
     if a == 0:
         return weight * minus_log_series(gap)
@@ -171,7 +171,8 @@ REVERSE = FORWARD.reversed
 class JSD(FDivergence):
     """beta KL(target || x) + (1 - beta) KL(model || x),  x = beta target + (1 - beta) model, for 0 < beta < 1.
 
-    f(u) = beta u log(u / M) - (1 - beta) log M with M = beta u + 1 - beta;  g = -(1 - beta) log M;  h = beta (1 - beta) u / M.
+    With M = beta u + 1 - beta:  f = beta u log(u / M) - (1 - beta) log M,  g = -(1 - beta) log M,
+    h = beta (1 - beta) u / M.
     """
 
     beta: float
@@ -224,7 +225,7 @@ class JSD(FDivergence):
 @final
 @dataclass(frozen=True, repr=False)
 class TotalVariation(FDivergence):
-    """1/2 sum |target - model|,  f(u) = |u - 1| / 2, with a kink at 1: the slope, link and curvature there are set to 0."""
+    """1/2 sum |target - model|,  f(u) = |u - 1| / 2, with a kink at 1: slope, link and curvature there are set to 0."""
 
     smooth = False
     name = "tv"

@@ -1,4 +1,4 @@
-"""Two log-weights and their exact difference, and the four scalar limits that say what happens where one of them is zero.
+"""Two log-weights with their exact difference, and the limits that say what happens where one of them is zero.
 
 A curve is never evaluated from the ratio alone when it is to be multiplied by a probability: `Pair` carries
 log target, log model and log_ratio side by side, so that products stay in log space and a small log_ratio keeps all
@@ -15,7 +15,7 @@ INF = math.inf
 
 
 class Pair(NamedTuple):
-    """log target, log model and their difference; the last is kept apart because subtracting again would lose digits."""
+    """log target, log model and their difference, kept apart because subtracting again would lose digits."""
 
     target: Tensor
     model: Tensor
@@ -83,10 +83,10 @@ def promote(x: Tensor | float) -> Tensor:
 
 def together(a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     """Both in one dtype of at least float32, broadcast to one shape."""
-    a, b = promote(a), promote(b)
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    a, b = torch.broadcast_tensors(a.to(dtype), b.to(dtype))
-    return a, b
+    x, y = promote(a), promote(b)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = torch.broadcast_tensors(x.to(dtype), y.to(dtype))
+    return x, y
 
 
 def minus_log_series(gap: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What other libraries' parameters mean here: each function takes a peer's setting and returns the same divergence.
 
-Target is always the teacher, reference or data, model the student or policy, and the scale is the peer's own: times its
-coefficient it is the peer's loss per token. Factors outside the divergence (DistillKit's temperature ** 2, everybody's
-own token count) are not part of it. The table was checked against TRL 1.16.0, Liger 0.8.5 and the sources of DistillKit,
-disco and FastGen; the tests repeat the check against those that are installed.
+Target is always the teacher, reference or data, model the student or policy, and the scale is the peer's own: times
+its coefficient it is the peer's loss per token. Factors outside the divergence (DistillKit's temperature ** 2,
+everybody's own token count) are not part of it. The table was checked against TRL 1.16.0, Liger 0.8.5 and the sources
+of DistillKit, disco and FastGen; the tests repeat the check against those that are installed.
 
 >>> print(trl_gkd(0.1), "|", trl_dpo("alpha_divergence", 0.3), "|", trl_dpo_legacy("alpha_divergence", 0.3))
 jsd(0.1) | alpha(0.7) | alpha(0.3)
@@ -26,7 +26,9 @@ def trl_gkd(beta: float) -> FDivergence:
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta={beta}: must be in [0, 1]; 0.5 is the Jensen-Shannon divergence")
-    return divergence({0: "forward_kl", 1: "reverse_kl"}.get(beta, f"jsd({beta!r})"))
+    if beta in (0, 1):
+        return divergence("reverse_kl" if beta else "forward_kl")
+    return divergence(f"jsd({beta!r})")
 
 
 def liger_jsd(beta: float) -> FDivergence:
@@ -38,8 +40,8 @@ def trl_dpo(f_divergence_type: str, coef: float = 0.5) -> FDivergence:
     """TRL's DPO (1.16): `reverse_kl`, `forward_kl`, `js_divergence`, or `alpha_divergence` with its coefficient.
 
     A response scores link(log reference - log policy), up to a constant that cancels in the pair. TRL's alpha link is
-    (z^(coef - 1) - 1) / (coef - 1) with z = policy / reference: 1 is reverse KL, 0 forward KL, so our alpha is 1 - coef.
-    Its js is twice the Jensen-Shannon divergence.
+    (z^(coef - 1) - 1) / (coef - 1) with z = policy / reference, so 1 is reverse KL, 0 forward KL and our alpha is
+    1 - coef. Its js is twice the Jensen-Shannon divergence.
     """
     if f_divergence_type == "alpha_divergence":
         return _alpha(complement(coef))
@@ -48,7 +50,7 @@ def trl_dpo(f_divergence_type: str, coef: float = 0.5) -> FDivergence:
 
 
 def trl_dpo_legacy(f_divergence_type: str, coef: float = 1.0) -> FDivergence:
-    """TRL's DPO before the exponent changed, and ms-swift today: the alpha link is -z^(-coef) / coef, our alpha is coef.
+    """TRL's DPO before the exponent changed, and ms-swift today: our alpha is coef, the link -z^(-coef) / coef.
 
     The two conventions agree only at 0.5; an upgrade with coef = 0.3 silently trains alpha(0.7).
     """
@@ -109,7 +111,9 @@ def disco(loss: str) -> FDivergence:
 
 
 def _alpha(a: float) -> FDivergence:
-    return divergence({0: "reverse_kl", 1: "forward_kl"}.get(a, f"alpha({a!r})"))
+    if a in (0, 1):
+        return divergence("forward_kl" if a else "reverse_kl")
+    return divergence(f"alpha({a!r})")
 
 
 def _one_of(field: str, value: str, table: dict[str, str], *more: str) -> FDivergence:

@@ -36,11 +36,11 @@ def sampled(
 
         drawn_from="model":   f(u)          drawn_from="target":   f(u) / u
 
-    | estimator       | f                                            | bias        |                                |
-    |-----------------|----------------------------------------------|-------------|--------------------------------|
-    | `centred`, `k3` | f'(1) = 0                                    | none        | never negative, low variance   |
-    | `plain`, `k1`   | the textbook generator, f'(1) = plain_slope  | none        | may be negative                |
-    | `k2`            | f''(1) l^2 / 2, the same on either sample    | third order | never negative, lowest variance near equality |
+    | estimator       | f                                           | bias        |                                 |
+    |-----------------|---------------------------------------------|-------------|---------------------------------|
+    | `centred`, `k3` | f'(1) = 0                                   | none        | never negative, low variance    |
+    | `plain`, `k1`   | the textbook generator, f'(1) = plain_slope | none        | may be negative                 |
+    | `k2`            | f''(1) l^2 / 2, the same on either sample   | third order | good near equality only         |
 
     Unbiased means: target and model are normalised and each covers the other; where f is unbounded the variance may
     still be infinite. A member whose textbook generator is centred (jsd, alpha, chi2, tv) has k1 = k3.
@@ -85,14 +85,14 @@ def surrogate(
 ) -> Float[Tensor, "*sample"]:
     """A loss per sample whose expected gradient is that of D(target, model). Its value means nothing; see `sampled`.
 
-    | drawn_from | route            | loss                                             |                                 |
-    |------------|------------------|--------------------------------------------------|---------------------------------|
-    | `model`    | `link` (default) | stop_grad(g - baseline) * log model              | a reward of -g, any baseline    |
-    | `model`    | `squared`        | s(l), ds / d log model = g                       | reverse KL: l^2 / 2, i.e. k2    |
-    | `model`    | `value`          | refused: f(l) has another gradient               |                                 |
-    | `target`   | `value` (default)| f(u) / u, gradient through log model             | forward KL: k3, as in DPH-RL    |
-    | `target`   | `link`           | stop_grad(g / u) * log model                     | the same gradient, sample by sample |
-    | `target`   | `squared`        | refused: its samples must be the model's         |                                 |
+    | drawn_from | route             | loss                                      |                                     |
+    |------------|-------------------|-------------------------------------------|-------------------------------------|
+    | `model`    | `link` (default)  | stop_grad(g - baseline) * log model       | a reward of -g, any baseline        |
+    | `model`    | `squared`         | s(l), ds / d log model = g                | reverse KL: l^2 / 2, i.e. k2        |
+    | `model`    | `value`           | refused: f(l) has another gradient        |                                     |
+    | `target`   | `value` (default) | f(u) / u, gradient through log model      | forward KL: k3, as in DPH-RL        |
+    | `target`   | `link`            | stop_grad(g / u) * log model              | the same gradient, sample by sample |
+    | `target`   | `squared`         | refused: its samples must be the model's  |                                     |
 
     Args:
         target_log_prob, model_log_prob: of the samples. Gradients flow into the model's only.

@@ -102,7 +102,7 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
     checkpoint = directory.last_checkpoint() if resume else None
     at = assemble(plan)
     student = at.model("student")
-    words += f"\nnormaliser: counted over the {plan.train.prompts_per_step} prompts of a step, all micro-batches and processes"
+    words += f"\nstep       {plan.train.prompts_per_step} prompts, every mean over all its micro-batches and processes"
     directory.write_recipe(plan.recipe)
     directory.write_objective(words)
     directory.write_environment({"seed": plan.train.seed})
@@ -280,7 +280,7 @@ def _train(plan: Plan, at: Moment, directory: RunDirectory, checkpoint: Path | N
         )
         trainer = Trainer(engine, directory, arguments, callbacks=[keeper])
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        keeper.trainer = trainer
+        keeper.trainer, trainer.say = trainer, progress.print
         with stop_between_steps(keeper):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.global_step >= settings.steps
@@ -311,7 +311,7 @@ def train(
         tokenizer: needed beside a loaded student.
         output: the run directory.
         schedule: fields that change over time: {"signal.temperature": "linear(2 -> 1, steps=100)"}.
-        evaluate: see `EvaluateSettings`.
+        evaluate: see `EvaluateSettings`; left out, data without held-out problems is not graded.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace a run that is there.
         console: where the objective and the memory forecast are printed; standard error by default.
@@ -333,6 +333,8 @@ def train(
             f"{next(iter(options))!r} is no training setting; fields of a method go into the method itself"
         )
     task = data if isinstance(data, Task) else load_task(data, seed=settings.seed)
+    if evaluate is None and not len(task.held_out):
+        grading = EvaluateSettings(problems=0)  # nothing was asked for, and there is nothing to grade on
     controllers = tuple(parse_schedule(name, text) for name, text in (schedule or {}).items())
     plan = Plan(method, student, task, Path(output), tokenizer, settings, grading, controllers)
     plan.recipe = describe_plan(plan)
@@ -385,7 +387,6 @@ def evaluate(
     data: Any,
     teacher: Any = None,
     tokenizer: Any = None,
-    seed: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
     """Grade a model on held-out problems; with a teacher, also how far apart the two are. See `EvaluateSettings`."""
@@ -395,7 +396,7 @@ def evaluate(
         grading = EvaluateSettings(**settings)
     except ValidationError as error:
         raise ValueError(describe(error)) from error
-    task = data if isinstance(data, Task) else load_task(data, seed=seed)
+    task = data if isinstance(data, Task) else load_task(data, seed=0)  # held-out problems are the same for every seed
     plan = Plan(OnPolicyDistillation(teacher=teacher), student, task, Path("."), tokenizer, evaluate=grading)
     at = assemble(plan)
     return grade(Evaluation(grading, at, plan.method.max_completion), at, "student", label="evaluate")

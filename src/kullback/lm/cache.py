@@ -20,6 +20,7 @@ from kullback.lm.predictions import TopKPredictions
 from kullback.lm.rollout import Rollout
 
 TOKENS_PER_SHARD = 1 << 18
+PARTS = ("log_probs", "token_ids", "log_tail", "written")
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +30,7 @@ def row_key(prompt: list[int], completion: list[int], scored: list[int]) -> str:
 
 
 class TopKCache:
-    """Log-probabilities of a teacher's k likeliest tokens, and of the written one, for each scored token of each row.
+    """A teacher's k likeliest tokens, the mass outside, and the written token's log-probability, for each scored token.
 
     Args:
         path: the directory, made if it is not there.
@@ -55,7 +56,7 @@ class TopKCache:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_atomically(manifest, json.dumps(identity, indent=1).encode())
-        self._rows: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rows: dict[str, tuple[Tensor, ...]] = {}
         self._unsaved: list[str] = []
         self._unsaved_tokens = 0
         for side in sorted(self.path.glob("shard-*.json")):
@@ -92,7 +93,7 @@ class TopKCache:
         tensors = load_file(shard)
         counts = tensors["counts"].tolist()
         keys = [bytes(line).hex() for line in tensors["keys"].tolist()]
-        parts = (tensors[name].split(counts) for name in ("log_probs", "token_ids", "written"))
+        parts = (tensors[name].split(counts) for name in PARTS)
         self._rows.update(zip(keys, zip(*parts, strict=True), strict=True))
 
     def __contains__(self, key: str) -> bool:
@@ -106,10 +107,11 @@ class TopKCache:
         key: str,
         log_probs: Float[Tensor, "scored k"],
         token_ids: Int[Tensor, "scored k"],
+        log_tail: Float[Tensor, "scored"],
         written: Float[Tensor, "scored"],
     ) -> None:
         """Keep a row; a full shard is written at once."""
-        self._rows[key] = (log_probs.float().cpu(), token_ids.int().cpu(), written.float().cpu())
+        self._rows[key] = (log_probs.float().cpu(), token_ids.int().cpu(), log_tail.float().cpu(), written.float().cpu())
         self._unsaved.append(key)
         self._unsaved_tokens += len(written)
         if self._unsaved_tokens >= TOKENS_PER_SHARD:
@@ -119,14 +121,10 @@ class TopKCache:
         """Write what is not on disk yet. A kill leaves either a whole shard or none that counts."""
         if not self._unsaved:
             return
-        log_probs, token_ids, written = zip(*(self._rows[key] for key in self._unsaved), strict=True)
-        tensors = {
-            "log_probs": torch.cat(log_probs),
-            "token_ids": torch.cat(token_ids),
-            "written": torch.cat(written),
-            "counts": torch.tensor([len(part) for part in written]),
-            "keys": torch.tensor([list(bytes.fromhex(key)) for key in self._unsaved], dtype=torch.uint8),
-        }
+        parts = zip(*(self._rows[key] for key in self._unsaved), strict=True)
+        tensors = {name: torch.cat(part) for name, part in zip(PARTS, parts, strict=True)}
+        tensors["counts"] = torch.tensor([len(self._rows[key][-1]) for key in self._unsaved])
+        tensors["keys"] = torch.tensor([list(bytes.fromhex(key)) for key in self._unsaved], dtype=torch.uint8)
         name = hashlib.sha256("".join(self._unsaved).encode()).hexdigest()[:16]
         shard = self.path / f"shard-{name}.safetensors"
         temporary = shard.with_suffix(f".{os.getpid()}.tmp")
@@ -141,8 +139,9 @@ class TopKCache:
     def predictions(self, keys: list[str], rollout: Rollout) -> TopKPredictions:
         """The rows of a rollout, as a loss reads them."""
         scored, device = rollout.scored, rollout.completions.device
-        parts = [torch.cat(part).to(device) for part in zip(*(self._rows[key] for key in keys), strict=True)]
-        return TopKPredictions(scored, rollout.completions[scored], TopK(parts[0], parts[1].long()), parts[2])
+        columns = zip(*(self._rows[key] for key in keys), strict=True)
+        log_probs, token_ids, log_tail, written = (torch.cat(column).to(device) for column in columns)
+        return TopKPredictions(scored, rollout.completions[scored], TopK(log_probs, token_ids.long(), log_tail), written)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

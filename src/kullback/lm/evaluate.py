@@ -154,7 +154,7 @@ def grade(evaluation: Evaluation, at: Moment, player: str, label: str) -> dict[s
 
     With n problems, k samples of each, c_i of them right, and T_i tokens written for problem i:
 
-        avg@k       mean over problems of c_i / k
+        avg@k       mean over problems of c_i / k; also under its number, as avg@4
         pass@j      mean over problems of 1 - C(k - c_i, j) / C(k, j), unbiased: one of j samples is right
         entropy     sum over tokens of the entropy of the model's distribution there / sum_i T_i, nats per token
         length      tokens per completion, the one that ends it included
@@ -345,6 +345,7 @@ class _Grades:
             return found
         if self.right:
             found[f"avg@{k}"] = mean([right / k for right in self.right.values()])
+            found["avg@k"] = found[f"avg@{k}"]  # the name under which a table finds it, whatever k is
             for j in (2**power for power in range(k.bit_length())):
                 found[f"pass@{j}"] = mean([pass_at(right, k, j) for right in self.right.values()])
         rows, tokens = torch.full((n,), k), self.counts["tokens"]
@@ -352,9 +353,10 @@ class _Grades:
         found["length"] = ratio(tokens, rows)
         found["finished"] = ratio(self.sums["finished"], rows)
         found |= {name: mean(values) for name, values in self.distinct.items() if values}
-        for whose, counts in (("student_text", tokens), ("teacher_text", self.counts.get("teacher_tokens"))):
-            for name in TO_TEACHER if compared and counts is not None else ():
-                found[f"{name}_{whose}"] = ratio(self.sums[f"{name}_{whose}"][:compared], counts[:compared])
+        for whose, counted in (("student_text", "tokens"), ("teacher_text", "teacher_tokens")):
+            for name in TO_TEACHER if compared else ():
+                counts = self.counts[counted][:compared]
+                found[f"{name}_{whose}"] = ratio(self.sums[f"{name}_{whose}"][:compared], counts)
         for name, by_problem in sorted(self.rewards.items()):
             sums = torch.tensor([sum(values) for values in by_problem.values()])
             found[f"reward/{name}"] = ratio(sums, torch.tensor([len(values) for values in by_problem.values()]))

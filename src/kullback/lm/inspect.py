@@ -4,12 +4,13 @@ For a token in place t of a row, a term adds coefficient * multiplier * value / 
 belongs to the whole step. What `inspect` prints in its last column adds up to that.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -40,7 +41,7 @@ def inspect(plan: Plan, rows: int = 2) -> RenderableType:
     engine = Engine(
         plan.method, at, micro_batches=plan.train.micro_batches, controllers=plan.schedule, side=plan.train.padding
     )
-    at.model("student").eval()
+    student = at.model("student").eval()
     with torch.no_grad():
         micro_batches = engine.prepare(0)
         step = engine.step_batch
@@ -49,96 +50,118 @@ def inspect(plan: Plan, rows: int = 2) -> RenderableType:
         count = len(step.rollout)
         shown = sorted({i * count // rows for i in range(rows)})
         batch = step.rows(shown)
-        batch, terms = _terms(engine, batch)
-        tables = [
-            part for row, number in enumerate(shown) for part in _row(engine, batch, terms, row, f"row {number} of {count}")
-        ]
-        heading = Text(words)
-        return Group(heading, Text(""), _denominators(engine, step, terms, total), *tables)
+        model = read(student, batch.rollout, side=engine.side, pad_id=at.tokenizer.pad_token_id or 0)
+        targets = {name: target.predict(batch.rollout, at) for name, target in engine.targets.items()}
+        batch = replace(batch, predictions=model, targets=targets)
+        terms = [replace(term, mean=term.mean or batch.aggregate) for term in at.method.signal(batch)]
+        return Group(
+            Text(words + "\n"),
+            _denominators(engine, step, terms, total),
+            *_rows(engine, batch, terms, [f"row {number} of {count}" for number in shown]),
+        )
 
 
-def _terms(engine: Engine, batch: Batch) -> tuple[Batch, list[Term]]:
-    """The rows with their predictions, and the method's terms on them."""
-    import dataclasses
-
-    at = engine.at
-    model = read(at.model("student"), batch.rollout, side=engine.side, pad_id=at.tokenizer.pad_token_id or 0)
-    targets = {name: target.predict(batch.rollout, at) for name, target in engine.targets.items()}
-    batch = dataclasses.replace(batch, predictions=model, targets=targets)
-    return batch, [dataclasses.replace(term, mean=term.mean or batch.aggregate) for term in at.method.signal(batch)]
-
-
-def _denominators(engine: Engine, step: Batch, terms: list[Term], total: float) -> RenderableType:
-    lines = Text(f"the step: {len(step.rollout)} rows, {int(step['scored'].sum())} scored tokens, loss {total:.6g}\n")
+def _denominators(engine: Engine, step: Batch, terms: list[Term], total: float) -> Text:
+    lines = [f"the step: {len(step.rollout)} rows, {int(step['scored'].sum())} scored tokens, loss {total:.6g}"]
     for term in terms:
         how = MEANS[term.mean or step.aggregate].format(over=term.over, weight=term.weight)
         weight = f", times {term.weight}" if term.weight and term.mean != "weight" else ""
-        lines.append(
-            f"{term.name}: coefficient {term.coefficient:g}, denominator {float(engine.denominator(term)):g} ({how}{weight})\n"
-        )
-    return lines
+        count = float(engine.denominator(term))
+        lines.append(f"{term.name}: coefficient {term.coefficient:g}, denominator {count:g} ({how}{weight})")
+    return Text("\n".join(lines))
 
 
-def _row(engine: Engine, batch: Batch, terms: list[Term], row: int, name: str) -> list[RenderableType]:
-    """Its prompt and grades, then a table with a line per token."""
-    rollout, decode = batch.rollout, engine.at.tokenizer.decode
-    facts = [str(rollout.notes[row].get(key)) for key in ("problem_id", "source") if rollout.notes[row].get(key)]
-    facts += [f"{reward} {float(values[row]):g}" for reward, values in rollout.rewards.items()]
-    facts += [f"{column} {float(values[row]):.4g}" for column, values in _columns(batch, 1).items()]
-    title = Text(f"{name}: {', '.join(facts)}\n", style="bold")
-    prompt = rollout.prompts[row]
-    title.append(f"prompt ({len(prompt)} tokens): {decode(prompt)!r}", style="not bold")
+def _rows(engine: Engine, batch: Batch, terms: list[Term], names: list[str]) -> list[RenderableType]:
+    """For each row its grades and prompt, then a table with a line per token."""
+    rollout, decode, scored = batch.rollout, engine.at.tokenizer.decode, batch["scored"]
+    numbers, costs = _numbers(engine, batch, terms)
+    tops = {f"{who}'s top {TOP}": top for who, seen in batch.targets.items() if (top := _top(seen)) is not None}
+    place = scored.flatten().long().cumsum(0).view_as(scored) - 1  # in the order of the scored positions
+    parts: list[RenderableType] = []
+    for row, name in enumerate(names):
+        note, prompt = rollout.notes[row], rollout.prompts[row]
+        about = [str(note[key]) for key in ("problem_id", "source") if note.get(key)]
+        grades = {**rollout.rewards, **_columns(batch, 1)}
+        about += [f"{grade} {float(value[row]):.4g}" for grade, value in grades.items() if not value[row].isnan()]
+        title = Text(f"\n{name}: {', '.join(about)}; adds {float(costs[row].sum()):.6g} to the loss\n", style="bold")
+        parts.append(title.append(f"prompt ({len(prompt)} tokens): {decode(prompt)!r}", style="not bold"))
 
-    numbers = _numbers(engine, batch, terms)
-    tops = {who: _top(seen) for who, seen in batch.targets.items()}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
-    for heading in ("", "token", "id", "writer", "scored"):
-        table.add_column(heading, justify="left" if heading in ("token", "writer") else "right", no_wrap=True)
-    for heading in numbers:
-        table.add_column(Text(heading), justify="right", footer=_sum(numbers, heading, row))
-    for who, top in tops.items():
-        if top is not None:
-            table.add_column(Text(f"{who}'s top {TOP}"), no_wrap=True)
-    place = batch["scored"].long().cumsum(1) - 1 + (batch["scored"].sum(1).cumsum(0) - batch["scored"].sum(1))[:, None]
-    for t in range(int(rollout.lengths[row])):
-        scored, token = bool(batch["scored"][row, t]), int(rollout.completions[row, t])
-        line: list[RenderableType] = [str(t), Text(repr(decode([token]))), str(token)]
-        line += [Origin(int(rollout.origin[row, t])).name.lower(), "yes" if scored else "no"]
-        line += [_show(float(values[row, t])) if scored else "" for values in numbers.values()]
-        for top in tops.values():
-            if top is not None:
-                here = top[int(place[row, t])] if scored else []
-                line.append(Text("  ".join(f"{decode([token])!r} {p:.3f}" for token, p in here)))
-        table.add_row(*line, style="" if scored else "dim")
-    return [Text(""), title, table]
+        facts, values, likeliest = [], [], []
+        for t in range(int(rollout.lengths[row])):
+            token, here = int(rollout.completions[row, t]), bool(scored[row, t])
+            writer = Origin(int(rollout.origin[row, t])).name.lower()
+            facts.append([str(t), repr(decode([token])), str(token), writer, "yes" if here else "no"])
+            values.append(
+                [f"{float(seen[row, t]) + 0.0:.3g}" if mask[row, t] else "" for seen, mask in numbers.values()]
+            )
+            tops_here = [top[int(place[row, t])] if here else [] for top in tops.values()]
+            likeliest.append(["  ".join(f"{decode([other])!r} {p:.2f}" for other, p in top) for top in tops_here])
+        parts.append(_RowTable(list(numbers), facts, values, list(tops), likeliest))
+    return parts
 
 
-def _numbers(engine: Engine, batch: Batch, terms: list[Term]) -> dict[str, Float[Tensor, "row completion"]]:
-    """The columns of numbers: weights, log-probabilities, the value of each term, and what all terms add to the loss."""
-    found = {name: values.float() for name, values in _columns(batch, 2).items()}
-    found["student log p"] = batch.model.log_probs()
-    for who, seen in batch.targets.items():
-        found[f"{who} log p"] = seen.log_probs()
-    shares = torch.zeros(batch.rollout.completions.shape, device=batch.rollout.completions.device)
+@dataclass(frozen=True)
+class _RowTable:
+    """A line per token; on a console too narrow for all columns, the numbers come first and the others below."""
+
+    numbers: list[str]
+    facts: list[list[str]]
+    values: list[list[str]]
+    tops: list[str]
+    likeliest: list[list[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = self.table(facts=True, numbers=True)
+        if Measurement.get(console, options.update(max_width=10_000), whole).maximum <= options.max_width:
+            yield whole
+        else:
+            yield self.table(facts=False, numbers=True)
+            yield self.table(facts=True, numbers=False)
+
+    def table(self, *, facts: bool, numbers: bool) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        known = 5 if facts else 2
+        for heading in ("", "token", "id", "writer", "scored")[:known]:
+            table.add_column(heading, justify="left" if heading in ("token", "writer") else "right", no_wrap=True)
+        for heading in self.numbers if numbers else ():
+            table.add_column(Text(_fold(heading)), justify="right", overflow="fold")
+        for heading in self.tops if facts else ():
+            table.add_column(Text(heading))
+        for line, values, likeliest in zip(self.facts, self.values, self.likeliest, strict=True):
+            cells = [*line[:known], *(values if numbers else ()), *(likeliest if facts else ())]
+            table.add_row(*map(Text, cells), style="" if line[4] == "yes" else "dim")
+        return table
+
+
+def _numbers(
+    engine: Engine, batch: Batch, terms: list[Term]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Float[Tensor, "row completion"]]:
+    """The columns of numbers, each with the mask of where it says something, and what all terms add to the loss."""
+    scored = batch["scored"]
+    found = {name: (values.float(), scored) for name, values in _columns(batch, 2).items()}
+    found["student log p"] = (batch.model.log_probs(), scored)
+    found |= {f"{who} log p": (seen.log_probs(), scored) for who, seen in batch.targets.items()}
+    costs, any_mask = torch.zeros(scored.shape, device=scored.device), torch.zeros_like(scored)
     for term in terms:
         weights, mask = multipliers(batch.columns, term.over, term.mean, term.weight)
-        share = term.coefficient * torch.where(mask, term.value, 0.0) * weights / engine.denominator(term)
+        cost = term.coefficient * torch.where(mask, term.value, 0.0) * weights / engine.denominator(term)
         value = term.value if term.shown is None else term.shown
-        if value.dim() == 1:  # of a row: written at its first token, so that sums stay right
-            first = torch.zeros_like(shares)
-            first[:, 0] = 1.0
-            value, share = value[:, None] * first, share[:, None] * first
-        found[term.name] = value
-        shares = shares + share
-    return found | {"in the loss": shares}
+        if value.dim() == 1:  # of a row: it stands at the first token
+            value, cost, mask = (_at_first(numbers, scored) for numbers in (value, cost, mask))
+        found[term.name] = (value, mask)
+        costs, any_mask = costs + cost, any_mask | mask
+    return found | {"in the loss": (costs, any_mask)}, costs
+
+
+def _at_first(values: Tensor, like: Tensor) -> Tensor:
+    grid = torch.zeros(like.shape, dtype=values.dtype, device=values.device)
+    grid[:, 0] = values
+    return grid
 
 
 def _columns(batch: Batch, dimensions: int) -> dict[str, Tensor]:
-    return {
-        name: values
-        for name, values in batch.columns.items()
-        if values.dim() == dimensions and name not in ("scored", "rows")
-    }
+    own = {name: values for name, values in batch.columns.items() if name not in ("scored", "rows")}
+    return {name: values for name, values in own.items() if values.dim() == dimensions}
 
 
 def _top(seen: Predictions) -> list[list[tuple[int, float]]] | None:
@@ -154,9 +177,8 @@ def _top(seen: Predictions) -> list[list[tuple[int, float]]] | None:
     return [list(zip(i, p, strict=True)) for i, p in zip(ids.tolist(), log_probs.exp().tolist(), strict=True)]
 
 
-def _sum(numbers: dict[str, Any], heading: str, row: int) -> str:
-    return _show(float(numbers[heading][row].sum())) if heading == "in the loss" else ""
-
-
-def _show(value: float) -> str:
-    return f"{value:.4g}"
+def _fold(heading: str) -> str:
+    """On several short lines: "log_prob:student" would be wider than its numbers."""
+    name = heading.replace("log_prob:", "log p:")
+    name = name.replace(" log p", "\nlog\u00a0p").replace(":", ":\n").replace("/", "/\n")
+    return name.replace("in the loss", "in\u00a0the\nloss")

@@ -105,6 +105,11 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision widened; float32 and float64 as they are."""
+    return values.to(torch.promote_types(torch.float32, values.dtype))
+
+
 @dataclass(frozen=True)
 class Head:
     """The last step of a language model: logits = softcap(scale * (hidden weight^T + bias)).
@@ -119,12 +124,12 @@ class Head:
     module: nn.Module | None = None
 
     def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
-        """In float32, whatever the model's dtype: small differences of log-probabilities are what a divergence is made of."""
+        """In float32 or wider, whatever the model's dtype: a divergence is made of small differences of log-probabilities."""
         if self.module is not None:
-            logits = self.module(hidden).float()
+            logits = at_least_float32(self.module(hidden))
         else:
             assert self.weight is not None
-            logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias).float()
+            logits = at_least_float32(nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias))
         logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kullback.divergence import TopK, divergence
-from kullback.lm.models import Head
+from kullback.lm.models import Head, at_least_float32
 
 Kind = Literal["hidden", "logits", "top_k", "sampled"]
 LOGITS_PER_CHUNK = 1 << 24  # entries of [chunk, vocab] that statistics hold at a time: 64 MiB in float32
@@ -76,13 +76,16 @@ class FullPredictions(Predictions):
         return self.grid(over_vocabulary(lambda logits, _: _entropy(logits), self))
 
     def top(self, k: int) -> TopK:
-        """The k likeliest tokens and their log-probabilities, without gradient."""
+        """The k likeliest tokens, their log-probabilities and the mass outside, without gradient."""
         with torch.no_grad():
             parts = [
-                logits.log_softmax(-1).topk(min(k, self.vocab))
-                for logits in map(self.logits_of, chunks(len(self.tokens), self.vocab))
+                TopK.from_logits(self.logits_of(chunk), min(k, self.vocab)) for chunk in chunks(len(self.tokens), self.vocab)
             ]
-        return TopK(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+        return TopK(
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.tail() for part in parts]),
+        )
 
     def gather(self, token_ids: Int[Tensor, "scored k"]) -> Float[Tensor, "scored k"]:
         """Log-probabilities of chosen tokens, with gradient."""
@@ -110,7 +113,8 @@ class HiddenPredictions(FullPredictions):
 
     def token_log_probs(self) -> Float[Tensor, "scored"]:
         # Forward KL from the written token's point mass is its negative log-probability, so the fused loss serves.
-        one_hot = TopK(torch.zeros_like(self.tokens, dtype=torch.float32)[:, None], self.tokens[:, None])
+        certain = torch.zeros(len(self.tokens), 1, device=self.tokens.device)
+        one_hot = TopK(certain, self.tokens[:, None], torch.full_like(certain[:, 0], -torch.inf))
         return -divergence("forward_kl").linear_topk(
             one_hot,
             self.hidden,
@@ -133,13 +137,13 @@ class LogitPredictions(FullPredictions):
         return self.logits.shape[-1]
 
     def logits_of(self, chunk: slice) -> Float[Tensor, "chunk vocab"]:
-        return self.logits[chunk].float()
+        return at_least_float32(self.logits[chunk])
 
     def pick(self, keep: Bool[Tensor, "scored"]) -> dict[str, Any]:
         return {"logits": self.logits[keep]}
 
     def token_log_probs(self) -> Float[Tensor, "scored"]:
-        return self.logits.float().log_softmax(-1).gather(-1, self.tokens[:, None])[:, 0]
+        return at_least_float32(self.logits).log_softmax(-1).gather(-1, self.tokens[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,9 @@ class TopKPredictions(Predictions):
     kind = "top_k"
 
     def pick(self, keep: Bool[Tensor, "scored"]) -> dict[str, Any]:
-        return {"top_k": TopK(self.top_k.log_probs[keep], self.top_k.token_ids[keep]), "written": self.written[keep]}
+        top = self.top_k
+        tail = None if top.log_tail is None else top.log_tail[keep]
+        return {"top_k": TopK(top.log_probs[keep], top.token_ids[keep], tail), "written": self.written[keep]}
 
     def token_log_probs(self) -> Float[Tensor, "scored"]:
         return self.written

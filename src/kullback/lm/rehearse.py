@@ -11,7 +11,7 @@ from kullback.lm.method import Method
 from kullback.lm.predictions import LogitPredictions
 from kullback.lm.rollout import Origin, Rollout, build_rollout
 from kullback.run.controllers import Controller
-from kullback.run.terms import Mean, Term, denominator, numerator
+from kullback.run.terms import MEANS, Mean, Term, denominator, numerator
 
 ROWS, TOKENS, VOCAB = 4, 8, 11
 
@@ -73,14 +73,19 @@ def objective(method: Method, terms: list[Term], controllers: tuple[Controller, 
     symbols = " + ".join(
         f"{term.coefficient:g} * {term.name}" if term.coefficient != 1 else term.name for term in terms
     )
-    lines = [f"minimise  {symbols}", f"on        {method.source().says}"]
+    lines = [f"minimise   {symbols}"]
     for term in terms:
-        lines.append(f"{term.name}: {term.says or 'no description given'}")
+        assert term.mean is not None
+        average = MEANS[term.mean].format(over=term.over, weight=term.weight)
+        says = term.says or "a term of the method's own"
+        lines.append(f"{term.name}: {says}; {average} of the step")
+    lines.append(f"on         {method.source().says}")
     for name, target in method.targets().items():
-        lines.append(f"target {name}: {target.says}, frozen, no gradient")
+        says = target.says if target.says.startswith(name) else f"{name}: {target.says}"
+        lines.append(f"target     {says}; frozen, no gradient")
     for controller in [*method.schedule(), *controllers]:
         reads = f"reads {', '.join(controller.reads)}" if controller.reads else "reads nothing"
-        lines.append(f"schedule: {controller} writes {', '.join(controller.writes)}, {reads}")
+        lines.append(f"schedule   {controller} writes {', '.join(controller.writes)}, {reads}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ With l = log target - log model, f the value and g the link of a divergence (ENG
     squared    a surrogate s(l) with ds / d log model = g - g(0); right on text the student wrote
 """
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ from kullback.divergence import FDivergence, divergence
 from kullback.lm.batch import Batch
 from kullback.lm.predictions import FullPredictions, HiddenPredictions, Predictions, TopKPredictions, over_vocabulary
 from kullback.lm.rollout import Origin
-from kullback.run.terms import MEANS, Mean, Term, multipliers
+from kullback.run.terms import Mean, Term, multipliers
 
 Route = Literal["pathwise", "link", "squared"]
 Tail = Literal["bucket", "drop", "renormalise"]
@@ -64,17 +65,16 @@ def match(
     mask = batch[over].bool()
     model, wanted = batch.model.where(mask), wanted.where(mask)
     term = Term(name or f"match/{target}", torch.empty(0), weight, over, mean, coefficient)
-    words = f"{D} of {target} (target) and student (model), {_scale(D)}"
-    normaliser = MEANS[mean].format(over=over, weight=weight)
+    words = f"{D} = {_equation(D, target)}, {_scale(D)}"
     if route == "pathwise":
         weights = multipliers(batch.columns, over, mean, weight)[0][mask]
         value = pathwise(D, wanted, model, temperature=temperature, tail=tail, token_weight=weights)
         support = (
-            f"top-{wanted.top_k.token_ids.shape[-1]} + {tail}"
+            f"top-{wanted.top_k.k} + {tail}"
             if isinstance(wanted, TopKPredictions)
             else "full vocabulary"
         )
-        says = f"{words}, T = {temperature:g}, {support}, pathwise at fixed prefixes; {normaliser}"
+        says = f"{words}, T = {temperature:g}; value: exact, {support}; gradient: pathwise, at fixed prefixes"
         return replace(term, value=model.grid(value), says=says)
 
     _need_own_text(batch, mask, route)
@@ -91,9 +91,8 @@ def match(
     shown = model.grid(D.sampled(target_log_prob, model_log_prob.detach(), drawn_from="model"))
     if route == "squared":
         value = D.surrogate(target_log_prob, model_log_prob, route="squared", drawn_from="model")
-        return replace(
-            term, value=model.grid(value), shown=shown, says=f"{words}, sampled tokens, route squared; {normaliser}"
-        )
+        says = f"{words}; value: f at the sampled tokens, unbiased; gradient: squared, through the sampled tokens"
+        return replace(term, value=model.grid(value), shown=shown, says=says)
     reward = -D.link(target_log_prob - model_log_prob.detach()) + expected_link(D, wanted, model, baseline)
     surrogate = policy(
         batch,
@@ -112,7 +111,7 @@ def match(
         surrogate,
         coefficient=coefficient,
         shown=shown,
-        says=f"{words}, sampled tokens, route link with {kind}; {normaliser}",
+        says=f"{words}; value: f at the sampled tokens, unbiased; gradient: link as a reward of the sampled tokens, {kind}",
     )
 
 
@@ -146,7 +145,7 @@ def policy(
         says += f", ratio clipped to [{1 - low:g}, {1 + high:g}]"
     mean = mean or batch.aggregate
     return Term(
-        name, value, weight, over, mean, coefficient, says=f"{says}; {MEANS[mean].format(over=over, weight=weight)}"
+        name, value, weight, over, mean, coefficient, says=says
     )
 
 
@@ -165,6 +164,11 @@ def pathwise(
         ValueError: the target knows only the written tokens, which determine no divergence over the vocabulary.
     """
     if isinstance(target, TopKPredictions):
+        if temperature != 1:
+            raise ValueError(
+                f"signal.temperature={temperature:g} cannot soften a target of which only target.top_k={target.top_k.k} tokens are known: "
+                "set it to 1, or leave target.top_k out"
+            )
         if isinstance(model, HiddenPredictions):
             head = model.head
             return D.linear_topk(
@@ -219,6 +223,11 @@ def _need_own_text(batch: Batch, mask: Tensor, route: str) -> None:
             f"signal.route={route!r} is right only for tokens the student sampled, but {foreign} of {int(mask.sum())} scored tokens are "
             "somebody else's: use route=pathwise, or source.student_fraction=1"
         )
+
+
+def _equation(D: FDivergence, target: str) -> str:
+    """The divergence in the names of this objective."""
+    return re.sub(r"\bmodel\b", "student", re.sub(r"\btarget\b", target, D.equation))
 
 
 def _scale(D: FDivergence) -> str:

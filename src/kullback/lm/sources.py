@@ -104,12 +104,14 @@ class PlayerSource(Source):
         drawn_as = (
             f"{self.player}, {samples} samples of {at.method.max_completion} at {at.method.sampling_temperature:g}"
         )
-        kept = at.store.setdefault(drawn_as, {}) if self.once else {}
-        fresh = [(slot, problem) for slot, problem in problems if problem.id not in kept]
-        written = self._sample(fresh, samples, at) | kept
         if self.once:
-            kept |= written
-        rows = [(problem, *row) for _, problem in problems for row in written[problem.id]]
+            kept = at.store.setdefault(drawn_as, {})
+            fresh = list({problem.id: (slot, problem) for slot, problem in problems if problem.id not in kept}.values())
+            kept |= {problem.id: rows for (_, problem), rows in zip(fresh, self._sample(fresh, at), strict=True)}
+            answers = [kept[problem.id] for _, problem in problems]
+        else:
+            answers = self._sample(problems, at)
+        rows = [(problem, *row) for (_, problem), answer in zip(problems, answers, strict=True) for row in answer]
         return build_rollout(
             [prompt for _, prompt, _, _, _ in rows],
             [completion for _, _, completion, _, _ in rows],
@@ -120,10 +122,11 @@ class PlayerSource(Source):
             notes=[_note(problem, self.player) for problem, *_ in rows],
         )
 
-    def _sample(self, problems: Placed, samples: int, at: Moment) -> dict[str, list[tuple[Any, ...]]]:
+    def _sample(self, problems: Placed, at: Moment) -> list[list[tuple[Any, ...]]]:
+        """For each problem its samples: (prompt, completion, log_probs, rewards)."""
         if not problems:
-            return {}
-        model, limit = at.model(self.player), at.method.max_completion
+            return []
+        model, samples, limit = at.model(self.player), at.method.samples, at.method.max_completion
         prompts = [read_prompt(problem, at, limit) for _, problem in problems]
         keys: list[tuple[int | str, ...]] = [
             (problem.id, sample) if self.once else (at.step, slot, sample)
@@ -140,14 +143,12 @@ class PlayerSource(Source):
             rows_at_once=at.rows_at_once,
         )
         texts = at.tokenizer.batch_decode(written.completions, skip_special_tokens=True)
-        rows: dict[str, list[tuple[Any, ...]]] = {}
+        answers: list[list[tuple[Any, ...]]] = [[] for _ in problems]
         for row, text in enumerate(texts):
-            _, problem = problems[row // samples]
-            rewards = {**at.task.verify(problem, text), "finished": float(written.finished[row])}
-            rows.setdefault(problem.id, []).append(
-                (prompts[row // samples], written.completions[row], written.log_probs[row], rewards)
-            )
-        return rows
+            place = row // samples
+            rewards = {**at.task.verify(problems[place][1], text), "finished": float(written.finished[row])}
+            answers[place].append((prompts[place], written.completions[row], written.log_probs[row], rewards))
+        return answers
 
 
 @final

@@ -56,7 +56,7 @@ def token_statistics(
             columns = [*_of_one(m, model.tokens[at], "model"), *_of_one(t, model.tokens[at], "target")]
             if t.shape != m.shape:
                 shared = min(t.shape[-1], m.shape[-1])
-                t, m = t[:, :shared].log_softmax(-1), m[:, :shared].log_softmax(-1)
+                t, m = theirs[:, :shared].log_softmax(-1), ours[:, :shared].log_softmax(-1)
             columns.append((t.argmax(-1) == m.argmax(-1)).to(m.dtype))
             return torch.stack([*columns, *(D.from_log_probs(t, m) for D in measures)], -1)
 

@@ -103,7 +103,8 @@ class FrozenTarget(Target):
         if missing:
             seen = _likeliest(full(rollout.rows(missing), [prompts[i] for i in missing]), self.top_k)
             counts = seen.scored.sum(1).tolist()
-            parts = (seen.top_k.log_probs, seen.top_k.token_ids, seen.written)
+            top = seen.top_k
+            parts = (top.log_probs, top.token_ids, top.tail(), seen.written)
             for i, *row in zip(missing, *(part.split(counts) for part in parts), strict=True):
                 kept.add(keys[i], *row)
         return kept.predictions(keys, rollout)

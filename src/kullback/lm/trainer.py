@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from kullback.lm.engine import Engine
 from kullback.run.directory import RunDirectory
 from kullback.run.progress import ProgressBar
+from kullback.run.tally import sum_over_ranks
 
 
 class Trainer(transformers.Trainer):
@@ -31,7 +32,8 @@ class Trainer(transformers.Trainer):
         self, engine: Engine, directory: RunDirectory, args: transformers.TrainingArguments, **kwargs: Any
     ) -> None:
         self.engine, self.directory = engine, directory
-        self.started, self.new_metrics = time.monotonic(), {}
+        self.started, self.new_metrics, self.told = time.monotonic(), {}, False
+        self.say: Callable[[str], None] = print
         super().__init__(model=engine.at.model("student"), args=args, train_dataset=[0] * args.max_steps, **kwargs)
         self.model_accepts_loss_kwargs = True  # with a count of items the base class leaves our normalisation alone
 
@@ -42,6 +44,10 @@ class Trainer(transformers.Trainer):
         for _ in range(num_batches):
             next(epoch_iterator)
         batches = self.engine.prepare(self.state.global_step)
+        if not self.told:
+            self.told = True
+            scored = int(sum_over_ranks(self.engine.step_batch["scored"].sum())) if self.engine.step_batch else 0
+            self.say(f"step {self.state.global_step + 1} is a mean over {scored:,} scored tokens")
         return [{"batch": batch, "input_ids": batch.rollout.completions} for batch in batches], torch.ones(
             (), device=device
         )
@@ -116,7 +122,7 @@ class Keeper(transformers.TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_state(self.trainer.engine.state(), folder)
-        (folder / "complete").touch()
+        self.trainer.directory.mark_complete(folder)
 
 
 _SHOWN = {"rollout/accuracy", "rollout/length", "rollout/entropy"}

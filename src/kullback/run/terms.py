@@ -64,11 +64,11 @@ def multipliers(
     A row mean needs the whole row, which is always in one micro-batch: its own length is divided out here.
     """
     mask = columns[over].bool()
-    weights = mask.float() if weight is None else torch.where(mask, columns[weight].float(), 0.0)
-    if weights.shape != mask.shape:
+    if weight is not None and columns[weight].shape != mask.shape:
         raise ValueError(
-            f"weight={weight!r} has shape {tuple(weights.shape)}, but over={over!r} has {tuple(mask.shape)}"
+            f"weight={weight!r} has shape {tuple(columns[weight].shape)}, but over={over!r} has {tuple(mask.shape)}"
         )
+    weights = mask.float() if weight is None else torch.where(mask, columns[weight].float(), 0.0)
     if mean == "row" and mask.dim() == 2:
         weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
     return weights, mask
