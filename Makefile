@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint format docs bench build clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/kullback compare recipes/quickstart.yaml
+	$(BIN)/kullback compare recipes/quickstart.yaml --resume
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

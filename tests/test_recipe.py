@@ -278,6 +278,7 @@ def test_the_schema_is_json_and_whole(method):
     for reference in references(schema):
         assert reference.removeprefix("#/$defs/") in schema["$defs"]
     assert schema["required"] == ["method", "student", "task"]
+    assert schema["properties"]["train"]["properties"]["steps"]["description"] == "optimiser steps"
 
 
 @pytest.mark.parametrize("name", shipped())

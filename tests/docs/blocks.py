@@ -5,7 +5,8 @@
 | ```python                    | run; a page is one namespace, in an empty directory                                   |
 | ```python title="x.py"       | written to that file; the same for yaml and json                                      |
 | ```text title="prints"       | compared with what the block before it printed; `...` stands for anything             |
-| ```bash                      | commands, options and keys of `kullback` and targets of `make` are checked; `kullback explain`, `methods`, `divergences` and `papers` are run |
+| ```bash                      | commands, options and keys of `kullback` and targets of `make` are checked; those of  |
+|                              | `RUN` are run                                                                         |
 | ```yaml                      | checked as a recipe where it has a `method`                                           |
 """
 

@@ -68,8 +68,8 @@ def peer_settings(page: Path) -> str:
         ("TRL 1.16 GKD, ms-swift", "`beta=1`", peers.trl_gkd(1)),
         ("Liger 0.8.5 fused linear JSD", "`beta=0.5`", peers.liger_jsd(0.5)),
         ("TRL 1.16 DPO", "`f_divergence_type=js_divergence`", peers.trl_dpo("js_divergence")),
-        ("TRL 1.16 DPO", "`alpha_divergence`, coefficient 0.3", peers.trl_dpo("alpha_divergence", 0.3)),
-        ("older TRL DPO, ms-swift", "`alpha_divergence`, coefficient 0.3", peers.trl_dpo_legacy("alpha_divergence", 0.3)),
+        ("TRL 1.16 DPO", "`alpha_divergence`, 0.3", peers.trl_dpo("alpha_divergence", 0.3)),
+        ("older TRL, ms-swift DPO", "`alpha_divergence`, 0.3", peers.trl_dpo_legacy("alpha_divergence", 0.3)),
         ("f-DPO's code", "`jsd`", peers.f_dpo("jsd")),
         *(("DistillKit", f"`{name}`", peers.distillkit(name)) for name in ("kl", "jsd", "tvd")),
         *(

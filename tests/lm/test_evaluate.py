@@ -209,6 +209,8 @@ def test_fewer_problems_are_the_first_of_more_with_the_same_text() -> None:
     few, many = (Evaluation(settings(problems=count, shown=0), at, LIMIT) for count in (4, 12))
     assert few.problems == many.problems[:4]
     assert [p.id for p in many.problems] != [p.id for p in at.task.held_out[:12]]  # a drawn subset, not the first rows
+    uniforms = many.uniforms(many.problems, 4)
+    assert len(set(uniforms.flatten().tolist())) == 12 * 4 * LIMIT  # no two problems or samples share a number
     short, long = (e.write(at, "student", e.problems, 4).completions for e in (few, many))
     assert short == long[:16]
     assert many.write(at, "student", many.problems, 1).completions == long[::4]  # sample 0, whatever their number

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kullback.lm.api import Plan
+from kullback.lm.plan import Plan
 from kullback.lm.engine import Engine
 from kullback.lm.inspect import inspect
 from kullback.lm.settings import TrainSettings

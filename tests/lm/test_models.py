@@ -8,12 +8,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from kullback.lm.models import check_head, check_loadable, check_same_tokenizer, context_length, head_of, load_model, locate
+from kullback.lm.models import (
+    check_head,
+    check_loadable,
+    check_same_tokenizer,
+    context_length,
+    head_of,
+    load_model,
+    locate,
+)
 from kullback.lm.targets import read
 from kullback.lm.tiny import build_tokenizer
 from tests.lm.small import make, make_moment, random_model
 
-SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def architectures() -> dict[str, Any]:
@@ -24,7 +38,15 @@ def architectures() -> dict[str, Any]:
             Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5)
         ),
         "cohere (scale)": CohereForCausalLM(
-            CohereConfig(**SIZES, num_key_value_heads=1, logit_scale=0.25, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            CohereConfig(
+                **SIZES,
+                num_key_value_heads=1,
+                logit_scale=0.25,
+                initializer_range=0.5,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
         ),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64)),
     }
@@ -77,7 +99,9 @@ def test_damaged_weights_are_found() -> None:
 def test_adapters_read_as_the_model_itself(modules: Any) -> None:
     """A plain head stays fused, an adapted one is called as a module; both give the adapted model's numbers and gradients."""
     torch.manual_seed(1)
-    model = get_peft_model(random_model(0), LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    model = get_peft_model(
+        random_model(0), LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
     check_head(model, role="student")
     rollout = make_moment_rollout(vocab=50)
     seen = read(model, rollout)

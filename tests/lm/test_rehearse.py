@@ -22,8 +22,16 @@ from tests.lm.small import make, make_moment
     [
         ("on_policy_distillation", {"divergence": "jsd(1.5)"}, "beta must be"),
         ("on_policy_distillation", {"divergence": "reverse_kll"}, "did you mean .*reverse_kl"),
-        ("on_policy_distillation", {"student_fraction": 0.5, "route": "link"}, "right only for tokens the student sampled"),
-        ("on_policy_distillation", {"student_fraction": 1.0, "route": "link", "sampling_temperature": 0.5}, "draws from another distribution"),
+        (
+            "on_policy_distillation",
+            {"student_fraction": 0.5, "route": "link"},
+            "right only for tokens the student sampled",
+        ),
+        (
+            "on_policy_distillation",
+            {"student_fraction": 1.0, "route": "link", "sampling_temperature": 0.5},
+            "draws from another distribution",
+        ),
         ("on_policy_distillation", {"top_k": 4, "temperature": 2.0}, "cannot soften"),
         ("vopd", {"top_k": 4}, r"set signal\.baseline=none"),
         ("vopd", {"baseline": 0}, "write exact, none, or how many"),
@@ -101,7 +109,16 @@ def test_schedules_of_unknown_fields_are_refused() -> None:
 def test_the_objective_says_direction_scale_temperature_support_route_and_normaliser() -> None:
     method = make("on_policy_distillation", divergence="jsd(0.1)", student_fraction=1.0, temperature=2.0)
     words = objective(method, rehearse(method))
-    for part in ("jsd(0.1)", "teacher", "student", "T = 2", "full vocabulary", "pathwise", "mean over scored tokens", "text the student writes"):
+    for part in (
+        "jsd(0.1)",
+        "teacher",
+        "student",
+        "T = 2",
+        "full vocabulary",
+        "pathwise",
+        "mean over scored tokens",
+        "text the student writes",
+    ):
         assert part in words
 
 

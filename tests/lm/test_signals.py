@@ -9,7 +9,13 @@ import torch
 import kullback as kb
 from kullback.lm.batch import Batch, base_columns
 from kullback.lm.models import Head
-from kullback.lm.predictions import HiddenPredictions, LogitPredictions, Predictions, SampledPredictions, TopKPredictions
+from kullback.lm.predictions import (
+    HiddenPredictions,
+    LogitPredictions,
+    Predictions,
+    SampledPredictions,
+    TopKPredictions,
+)
 from kullback.lm.rollout import Origin, build_rollout
 from kullback.lm.signals import match, policy
 from kullback.run.terms import denominator, numerator
@@ -17,7 +23,9 @@ from kullback.run.terms import denominator, numerator
 VOCAB, WIDTH = 13, 5
 
 
-def batch_of(origin: Origin, *, target: Any = None, hidden: bool = True, weights: bool = False) -> tuple[Batch, Any, torch.Tensor]:
+def batch_of(
+    origin: Origin, *, target: Any = None, hidden: bool = True, weights: bool = False
+) -> tuple[Batch, Any, torch.Tensor]:
     """Four rows, a student of hidden states (or the logits they make) and a target made by `target` from its logits."""
     draw = torch.Generator().manual_seed(0)
     lengths = [4, 2, 5, 1]
@@ -29,7 +37,10 @@ def batch_of(origin: Origin, *, target: Any = None, hidden: bool = True, weights
     )
     scored, tokens = rollout.scored, rollout.completions[rollout.scored]
     states = torch.randn(len(tokens), WIDTH, generator=draw, dtype=torch.float64).requires_grad_()
-    head = Head(torch.randn(VOCAB, WIDTH, generator=draw, dtype=torch.float64), torch.randn(VOCAB, generator=draw, dtype=torch.float64))
+    head = Head(
+        torch.randn(VOCAB, WIDTH, generator=draw, dtype=torch.float64),
+        torch.randn(VOCAB, generator=draw, dtype=torch.float64),
+    )
     logits = torch.randn(len(tokens), VOCAB, generator=draw, dtype=torch.float64)
     model: Predictions = HiddenPredictions(scored, tokens, states, head)
     if not hidden:
@@ -74,8 +85,12 @@ def test_temperature_softens_both_sides_alike() -> None:
         found.append(gradient(match("forward_kl", batch, temperature=1.7), batch, states))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
-    theirs, ours = (torch.distributions.Categorical(logits=x / 1.7) for x in (logits, batch.model.logits_of(slice(None)).double()))  # type: ignore[attr-defined]
-    assert found[0][0] == pytest.approx(float(torch.distributions.kl_divergence(theirs, ours).detach().mean()), rel=1e-5)
+    theirs, ours = (
+        torch.distributions.Categorical(logits=x / 1.7) for x in (logits, batch.model.logits_of(slice(None)).double())
+    )  # type: ignore[attr-defined]
+    assert found[0][0] == pytest.approx(
+        float(torch.distributions.kl_divergence(theirs, ours).detach().mean()), rel=1e-5
+    )
 
 
 def test_a_truncated_target_cannot_be_softened() -> None:
@@ -88,13 +103,18 @@ def test_the_value_is_the_divergence_of_each_position() -> None:
     batch, states, logits = batch_of(Origin.TEACHER)
     term = match("forward_kl", batch)
     model = batch.model.logits_of(slice(None)).double()  # type: ignore[attr-defined]
-    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=model))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=model)
+    )
     torch.testing.assert_close(term.value[batch["scored"]].double(), expected, rtol=1e-5, atol=1e-6)
     assert "mean over scored tokens" in term.says
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd(0.3)", "pearson_chi2"])
-@pytest.mark.parametrize("options", [{"route": "link"}, {"route": "link", "baseline": "none"}, {"route": "link", "baseline": 3}, {"route": "squared"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"route": "link"}, {"route": "link", "baseline": "none"}, {"route": "link", "baseline": 3}, {"route": "squared"}],
+)
 def test_every_route_has_the_pathwise_gradient_in_expectation(name: str, options: dict[str, Any]) -> None:
     """All tokens at each position, each counted with the student's probability of it."""
     batch, states, _ = batch_of(Origin.STUDENT)
@@ -138,7 +158,9 @@ def test_what_sampled_routes_show_is_unbiased(name: str) -> None:
 @pytest.mark.parametrize("route", ["link", "squared"])
 def test_sampled_routes_are_refused_on_foreign_text(route: Any) -> None:
     batch, _, _ = batch_of(Origin.TEACHER)
-    with pytest.raises(ValueError, match=rf"route='{route}' is right only for tokens the student sampled, but 12 of 12"):
+    with pytest.raises(
+        ValueError, match=rf"route='{route}' is right only for tokens the student sampled, but 12 of 12"
+    ):
         match("reverse_kl", batch, route=route)
 
 
@@ -149,7 +171,9 @@ def test_a_tempered_sampler_is_refused_for_sampled_routes() -> None:
 
 
 def test_sampled_log_probs_serve_the_link_and_nothing_else() -> None:
-    batch, states, _ = batch_of(Origin.STUDENT, target=lambda full: SampledPredictions(full.scored, full.tokens, full.token_log_probs()))
+    batch, states, _ = batch_of(
+        Origin.STUDENT, target=lambda full: SampledPredictions(full.scored, full.tokens, full.token_log_probs())
+    )
     assert float(gradient(match("reverse_kl", batch, route="link", baseline="none"), batch, states)[1].abs().max()) > 0
     with pytest.raises(ValueError, match="use route='link'"):
         match("reverse_kl", batch)
@@ -179,7 +203,9 @@ def test_token_log_probs_from_hidden_states_are_those_of_the_logits() -> None:
     fused, states, _ = batch_of(Origin.DATASET)
     plain, plain_states, _ = batch_of(Origin.DATASET, hidden=False)
     torch.testing.assert_close(fused.model.log_probs(), plain.model.log_probs(), rtol=1e-5, atol=1e-6)
-    ours, theirs = (torch.autograd.grad((b.model.log_probs() ** 2).sum(), s)[0] for b, s in ((fused, states), (plain, plain_states)))
+    ours, theirs = (
+        torch.autograd.grad((b.model.log_probs() ** 2).sum(), s)[0] for b, s in ((fused, states), (plain, plain_states))
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 

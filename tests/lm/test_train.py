@@ -17,17 +17,34 @@ QUICK: dict[str, Any] = {"steps": 3, "prompts_per_step": 4, "learning_rate": 1e-
 
 
 def distil(output: Path, **changes: Any) -> Any:
-    options: dict[str, Any] = QUICK | {"max_completion": 10, "student": random_model(1), "teacher": random_model(2), "tokenizer": build_tokenizer()}
+    options: dict[str, Any] = QUICK | {
+        "max_completion": 10,
+        "student": random_model(1),
+        "teacher": random_model(2),
+        "tokenizer": build_tokenizer(),
+    }
     return kb.train("on_policy_distillation", output=output, **({"data": ROWS} | options | changes))
 
 
 def test_a_run_directory_is_whole(tmp_path: Path) -> None:
     data = {"data": ROWS, "held_out": 8}
-    run = distil(tmp_path / "run", data=data, evaluate={"problems": 6, "samples": 2, "divergence_problems": 3, "shown": 2, "probe_every": 2})
+    run = distil(
+        tmp_path / "run",
+        data=data,
+        evaluate={"problems": 6, "samples": 2, "divergence_problems": 3, "shown": 2, "probe_every": 2},
+    )
     assert [row["step"] for row in run.metrics] == [1, 2, 3]
     assert {"loss", "gradient_norm", "term/match/teacher", "rollout/length", "tokens"} <= run.metrics[0].keys()
     assert "probe/entropy" in run.metrics[1]
-    for file in ("recipe.yaml", "objective.txt", "environment.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "report.html"):
+    for file in (
+        "recipe.yaml",
+        "objective.txt",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "report.html",
+    ):
         assert (tmp_path / "run" / file).stat().st_size > 0
     graded = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert graded.keys() == {"student", "untrained", "teacher"}
@@ -76,7 +93,7 @@ def test_a_cached_teacher_is_never_loaded_again(tmp_path: Path, monkeypatch: pyt
 def test_lora_trains_adapters_alone(tmp_path: Path) -> None:
     base = random_model(1)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    run = distil(tmp_path / "run", student=base, lora={"rank": 2, "alpha": 4.0})
+    run = distil(tmp_path / "run", student=base, lora={"rank": 2, "alpha": 4})
     trained = {name for name, p in run.student.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora" in name for name in trained)
@@ -134,3 +151,16 @@ def test_a_finished_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="output"):
         distil(tmp_path / "run")
     assert distil(tmp_path / "run", overwrite=True).metrics[-1]["step"] == 3
+
+
+def test_a_divergence_may_be_given_as_an_object(tmp_path: Path) -> None:
+    by_name = distil(tmp_path / "name", divergence="0.5*forward_kl + 0.5*reverse_kl")
+    by_object = distil(
+        tmp_path / "object", divergence=0.5 * kb.divergence("forward_kl") + 0.5 * kb.divergence("reverse_kl")
+    )
+    assert [row["loss"] for row in by_name.metrics] == [row["loss"] for row in by_object.metrics]
+    mine = kb.FDivergence.from_generator(lambda u: (u - 1) ** 2, name="nobody_knows_me")
+    with pytest.raises(
+        ValueError, match=r"divergence=nobody_knows_me: this name is not known; kb\.divergence\.register it"
+    ):
+        distil(tmp_path / "mine", divergence=mine)

@@ -143,7 +143,7 @@ def _evaluate_model(model: str, options: list[str], task: str | None, teacher: s
 
 def _evaluate_run(run: Path, options: list[str], task: str | None, teacher: str | None) -> dict[str, Any]:
     """The trained model of a run, on the run's own problems and against its own target unless others are named."""
-    from kullback.lm.api import assemble
+    from kullback.lm.assemble import assemble
     from kullback.lm.evaluate import Evaluation, grade
     from kullback.lm.recipe import make_plan, parse_override, read_recipe
 
@@ -200,7 +200,7 @@ def explain(recipe: RecipeArgument, settings: Settings = None, as_json: AsJson =
       kullback explain on_policy_distillation
       kullback explain vopd signal.baseline=8
     """
-    from kullback.lm.api import check
+    from kullback.lm.plan import check
     from kullback.lm.recipe import make_plan
 
     plan = make_plan(get_recipe(recipe, settings))

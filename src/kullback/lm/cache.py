@@ -111,7 +111,12 @@ class TopKCache:
         written: Float[Tensor, "scored"],
     ) -> None:
         """Keep a row; a full shard is written at once."""
-        self._rows[key] = (log_probs.float().cpu(), token_ids.int().cpu(), log_tail.float().cpu(), written.float().cpu())
+        self._rows[key] = (
+            log_probs.float().cpu(),
+            token_ids.int().cpu(),
+            log_tail.float().cpu(),
+            written.float().cpu(),
+        )
         self._unsaved.append(key)
         self._unsaved_tokens += len(written)
         if self._unsaved_tokens >= TOKENS_PER_SHARD:
@@ -141,7 +146,9 @@ class TopKCache:
         scored, device = rollout.scored, rollout.completions.device
         columns = zip(*(self._rows[key] for key in keys), strict=True)
         log_probs, token_ids, log_tail, written = (torch.cat(column).to(device) for column in columns)
-        return TopKPredictions(scored, rollout.completions[scored], TopK(log_probs, token_ids.long(), log_tail), written)
+        return TopKPredictions(
+            scored, rollout.completions[scored], TopK(log_probs, token_ids.long(), log_tail), written
+        )
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from kullback.lm.api import Plan, assemble, check, grade_anchors, run
+from kullback.lm.assemble import assemble
 from kullback.lm.evaluate import Evaluation
+from kullback.lm.plan import Plan, check
 from kullback.lm.recipe import Recipe, make_plan, parse_value
+from kullback.lm.run import grade_anchors, run
 from kullback.report.runs import flatten
 from kullback.run.directory import RunDirectory, write_comparison
 

@@ -6,6 +6,7 @@ step is cut into micro-batches, and over how many processes, changes nothing but
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from kullback.lm.predictions import FullPredictions, over_vocabulary
 from kullback.lm.rollout import Origin, Rollout
 from kullback.lm.targets import Target, read
 from kullback.run.controllers import Controller
-from kullback.run.tally import Tally, sum_over_ranks
-from kullback.run.terms import Term, denominator, numerator
+from kullback.run.processes import sum_over_ranks
+from kullback.run.tally import Tally
+from kullback.run.terms import Mean, Term, denominator, numerator
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
         self.tally = Tally()
         self.step_batch: Batch | None = None
         self.targets: dict[str, Target] = {}
-        self._denominators: dict[tuple[str, str | None, str | None], Tensor] = {}
+        self._denominators: dict[tuple[str, Mean | None, str | None], Tensor] = {}
 
     def control(self, when: str, step: int) -> None:
         """Let the controllers of this occasion write into the method's fields."""
@@ -104,7 +106,7 @@ class Engine:
         borders = [len(order) * i // self.micro_batches for i in range(self.micro_batches + 1)]
         return [
             step.rows(order[start:stop]) if stop > start else _silent(step.rows(order[:1]))
-            for start, stop in zip(borders, borders[1:], strict=False)
+            for start, stop in pairwise(borders)
         ]
 
     def loss(self, micro: Batch, *, wrapped: Any = None) -> Float[Tensor, ""]:

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kullback.lm.api import Plan, assemble, check
+from kullback.lm.assemble import assemble
 from kullback.lm.batch import Batch
 from kullback.lm.engine import Engine
+from kullback.lm.plan import Plan, check
 from kullback.lm.predictions import FullPredictions, Predictions, TopKPredictions
 from kullback.lm.rollout import Origin
 from kullback.lm.targets import read

@@ -130,10 +130,7 @@ def find_method(name: str) -> type[Method]:
         path, _, attribute = name.partition(":")
         if not Path(path).is_file():
             raise ValueError(f"method={name!r}: no file {path!r} here; give the path as file.py or file.py:Class")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _load(str(Path(path).resolve()), Path(path).stat().st_mtime_ns)
         return getattr(module, attribute) if attribute else _method_in(module)
     known = methods()
     if name not in known:
@@ -142,6 +139,17 @@ def find_method(name: str) -> type[Method]:
             f"method={name!r} is not known; did you mean {' or '.join(near)}? `kullback methods` lists all"
         )
     return known[name]
+
+
+@cache
+def _load(path: str, changed: int) -> Any:
+    """A file as a module; run once for each time it was changed, so that what it registers is registered once."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _method_in(module: Any) -> type[Method]:

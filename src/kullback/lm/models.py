@@ -42,7 +42,8 @@ def load_model(name: str, *, role: str, dtype: str | torch.dtype = "float32", de
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_cannot_load(name, role, error)) from error
-    return model.to(device) if device else model
+    loaded: Any = model
+    return loaded.to(device) if device else loaded
 
 
 def load_tokenizer(name: str, *, role: str) -> PreTrainedTokenizerBase:
@@ -96,7 +97,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, other: PreTrainedToke
     detail = f"token {differing[0][0]!r} differs (id {differing[0][1]})" if differing else "they split text differently"
     raise ValueError(
         f"target.{role}: its tokenizer is not the student's: {detail}, {len(ours)} against {len(theirs)} tokens; "
-        "choose two models of one family, or distil through text with method: sequence_kd"
+        "choose two models of one family"
     )
 
 
@@ -123,13 +124,18 @@ class Head:
     softcap: float | None = None
     module: nn.Module | None = None
 
+    @property
+    def matrix(self) -> Float[Tensor, "vocab width"]:
+        """The weight of a plain head."""
+        assert self.weight is not None, "this head is a module"
+        return self.weight
+
     def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
         """In float32 or wider, whatever the model's dtype: a divergence is made of small differences of log-probabilities."""
         if self.module is not None:
             logits = at_least_float32(self.module(hidden))
         else:
-            assert self.weight is not None
-            logits = at_least_float32(nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias))
+            logits = at_least_float32(nn.functional.linear(hidden, self.matrix.to(hidden.dtype), self.bias))
         logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
@@ -158,14 +164,14 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
         return hidden[..., :0]
 
     before = module.__dict__.get("forward")  # accelerate and compilers may have put one on the instance
-    module.forward = keep  # type: ignore[method-assign]
+    module.forward = keep
     try:
         yield kept
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def hidden_states(model: Any, layout: Layout, *, wrapped: Any = None) -> Float[Tensor, "scored width"]:

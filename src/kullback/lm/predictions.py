@@ -79,7 +79,8 @@ class FullPredictions(Predictions):
         """The k likeliest tokens, their log-probabilities and the mass outside, without gradient."""
         with torch.no_grad():
             parts = [
-                TopK.from_logits(self.logits_of(chunk), min(k, self.vocab)) for chunk in chunks(len(self.tokens), self.vocab)
+                TopK.from_logits(self.logits_of(chunk), min(k, self.vocab))
+                for chunk in chunks(len(self.tokens), self.vocab)
             ]
         return TopK(
             torch.cat([part.log_probs for part in parts]),
@@ -102,8 +103,7 @@ class HiddenPredictions(FullPredictions):
 
     @property
     def vocab(self) -> int:
-        assert self.head.weight is not None
-        return self.head.weight.shape[0]
+        return self.head.matrix.shape[0]
 
     def logits_of(self, chunk: slice) -> Float[Tensor, "chunk vocab"]:
         return self.head.logits(self.hidden[chunk])
@@ -118,7 +118,7 @@ class HiddenPredictions(FullPredictions):
         return -divergence("forward_kl").linear_topk(
             one_hot,
             self.hidden,
-            self.head.weight,
+            self.head.matrix,
             model_bias=self.head.bias,
             model_logit_scale=self.head.scale,
             model_softcap=self.head.softcap,

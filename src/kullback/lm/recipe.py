@@ -24,8 +24,8 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from kullback.divergence import divergence
-from kullback.lm.api import Plan
 from kullback.lm.method import QUESTIONS, Method, fields_of, find_method, methods
+from kullback.lm.plan import Plan
 from kullback.lm.settings import EvaluateSettings, LoraSettings, Settings, TrainSettings
 from kullback.lm.tasks import load_task
 from kullback.run.controllers import Controller, Ramp, parse_schedule

@@ -132,7 +132,10 @@ def _questions(kind: type[Method]) -> dict[str, dict[str, Any]]:
 def _settings(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
     schema = model.model_json_schema(ref_template="#/$defs/{model}")
     definitions |= schema.pop("$defs", {})
-    for name, note in re.findall(r"^    (\w+):.*?  # (.+)$", inspect.getsource(model), re.MULTILINE):
-        schema["properties"][name]["description"] = note  # settings explain themselves in comments
+    # Settings explain themselves in comments, behind the value or behind its closing bracket.
+    for name, note in re.findall(
+        r"^    (\w+):(?:.*|.*\(\n        .*\n    \))  # (.+)$", inspect.getsource(model), re.MULTILINE
+    ):
+        schema["properties"][name]["description"] = note
     schema.pop("description", None)
     return schema | {"type": ["object", "null"]}

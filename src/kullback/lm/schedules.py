@@ -25,6 +25,10 @@ class EntropyGate:
         if list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
             raise ValueError(f"schedule.lengths={list(self.lengths)} must be positive and increasing")
 
+    def __str__(self) -> str:
+        rungs = ", ".join(map(str, self.lengths))
+        return f"a length of {rungs} while entropy is at least {self.minimum_entropy:g} nats per token"
+
     def start(self) -> tuple[dict[str, Any], dict[str, float]]:
         return {"rung": 0, "stopped": False}, {"source.max_completion": float(self.lengths[0])}
 

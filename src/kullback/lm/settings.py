@@ -15,8 +15,8 @@ class LoraSettings(Settings):
     """Low-rank adapters through peft."""
 
     rank: PositiveInt = 16
-    alpha: float = 32.0
-    dropout: float = Field(0.0, ge=0, lt=1)
+    alpha: PositiveInt = 32
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -26,22 +26,22 @@ class TrainSettings(Settings):
     steps: PositiveInt = 200  # optimiser steps
     prompts_per_step: PositiveInt = 16  # over all processes
     micro_batches: PositiveInt = 1  # pieces a step is cut into on each process; more need less memory
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, ge=0)  # 0 switches clipping off
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)  # 0 switches clipping off
     optimizer: str = "adamw_torch"  # any name that transformers.TrainingArguments takes
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights as loaded
     autocast: Literal["none", "bfloat16", "float16"] = "none"  # of the forward pass
     gradient_checkpointing: bool = False
     padding: Literal["right", "left", "packed"] = "right"
     lora: LoraSettings | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     device: str | None = None  # None: a GPU where there is one
     rows_at_once: PositiveInt = 1024  # rows that are written or scored together
-    save_every: int = Field(0, ge=0)  # steps between checkpoints; 0: only when stopped
+    save_every: int = Field(default=0, ge=0)  # steps between checkpoints; 0: only when stopped
     keep_checkpoints: PositiveInt = 2
     trackers: list[str] = []  # "wandb", "trackio", "tensorboard", ...
 
@@ -49,15 +49,17 @@ class TrainSettings(Settings):
 class EvaluateSettings(Settings):
     """The `evaluate:` section of a recipe: what is measured after a run, and by the probe during it."""
 
-    problems: int = Field(200, ge=0)  # held-out problems; 0 switches it off
+    problems: int = Field(default=200, ge=0)  # held-out problems; 0 switches it off
     samples: PositiveInt = 4  # completions of each
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     max_completion: PositiveInt | None = None  # tokens; None takes source.max_completion
-    divergence_problems: int = Field(64, ge=0)  # problems on whose text both KLs and JSD to the teacher are measured
-    shown: int = Field(6, ge=0)  # samples kept token by token for the report
+    divergence_problems: int = Field(
+        default=64, ge=0
+    )  # problems on whose text both KLs and JSD to the teacher are measured
+    shown: int = Field(default=6, ge=0)  # samples kept token by token for the report
     anchors: bool = True  # also grade the untrained student and the teacher
-    seed: int = Field(1234, ge=0)
-    probe_every: int = Field(0, ge=0)  # steps; 0: no probe during training
+    seed: int = Field(default=1234, ge=0)
+    probe_every: int = Field(default=0, ge=0)  # steps; 0: no probe during training
     probe_problems: PositiveInt = 64
 
 

@@ -69,11 +69,7 @@ def match(
     if route == "pathwise":
         weights = multipliers(batch.columns, over, mean, weight)[0][mask]
         value = pathwise(D, wanted, model, temperature=temperature, tail=tail, token_weight=weights)
-        support = (
-            f"top-{wanted.top_k.k} + {tail}"
-            if isinstance(wanted, TopKPredictions)
-            else "full vocabulary"
-        )
+        support = f"top-{wanted.top_k.k} + {tail}" if isinstance(wanted, TopKPredictions) else "full vocabulary"
         says = f"{words}, T = {temperature:g}; value: exact, {support}; gradient: pathwise, at fixed prefixes"
         return replace(term, value=model.grid(value), says=says)
 
@@ -144,9 +140,7 @@ def policy(
         value = torch.maximum(value, -ratio.clamp(1 - low, 1 + high) * A)
         says += f", ratio clipped to [{1 - low:g}, {1 + high:g}]"
     mean = mean or batch.aggregate
-    return Term(
-        name, value, weight, over, mean, coefficient, says=says
-    )
+    return Term(name, value, weight, over, mean, coefficient, says=says)
 
 
 def pathwise(
@@ -172,7 +166,7 @@ def pathwise(
         if isinstance(model, HiddenPredictions):
             head = model.head
             return D.linear_topk(
-                target.top_k, model.hidden, head.weight, model_bias=head.bias, model_logit_scale=head.scale, model_softcap=head.softcap,
+                target.top_k, model.hidden, head.matrix, model_bias=head.bias, model_logit_scale=head.scale, model_softcap=head.softcap,
                 temperature=temperature, tail=tail, token_weight=token_weight,
             )  # fmt: skip
         assert isinstance(model, FullPredictions)
@@ -185,7 +179,7 @@ def pathwise(
     if isinstance(target, HiddenPredictions) and isinstance(model, HiddenPredictions):
         theirs, ours = target.head, model.head
         return D.linear(
-            target.hidden, theirs.weight, model.hidden, ours.weight, target_bias=theirs.bias, model_bias=ours.bias,
+            target.hidden, theirs.matrix, model.hidden, ours.matrix, target_bias=theirs.bias, model_bias=ours.bias,
             target_logit_scale=theirs.scale, model_logit_scale=ours.scale, target_softcap=theirs.softcap, model_softcap=ours.softcap,
             temperature=temperature, token_weight=token_weight, pad_vocab=True,
         )  # fmt: skip

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from kullback.lm.engine import Engine
 from kullback.run.directory import RunDirectory
+from kullback.run.processes import from_main, is_main, sum_over_ranks
 from kullback.run.progress import ProgressBar
-from kullback.run.tally import sum_over_ranks
 
 
 class Trainer(transformers.Trainer):
@@ -32,7 +32,8 @@ class Trainer(transformers.Trainer):
         self, engine: Engine, directory: RunDirectory, args: transformers.TrainingArguments, **kwargs: Any
     ) -> None:
         self.engine, self.directory = engine, directory
-        self.started, self.new_metrics, self.told = time.monotonic(), {}, False
+        self.started, self.told = time.monotonic(), False
+        self.new_metrics: dict[str, float] = {}
         self.say: Callable[[str], None] = print
         super().__init__(model=engine.at.model("student"), args=args, train_dataset=[0] * args.max_steps, **kwargs)
         self.model_accepts_loss_kwargs = True  # with a count of items the base class leaves our normalisation alone
@@ -100,24 +101,33 @@ class Keeper(transformers.TrainerCallback):
         engine = self.trainer.engine
         metrics = engine.metrics()
         if self.probe is not None and state.global_step % self.probe_every == 0:
-            found = {f"probe/{name}": value for name, value in self.probe().items()}
+            measured = from_main(self.probe() if is_main() else {})
+            found = {f"probe/{name}": value for name, value in measured.items()}
             engine.seen |= found
             engine.control("probe", state.global_step)
             metrics |= found
         self.trainer.new_metrics = metrics
-        for cache in engine.at.caches.values():
-            cache.flush()
-        shown = {
+        shown: dict[str, Any] = {
             name.removeprefix("rollout/").removeprefix("term/"): value
             for name, value in metrics.items()
             if name in _SHOWN or name.startswith("term/")
         }
         self.progress.advance(**shown)
-        if self.stop:
+        if sum_over_ranks(torch.tensor(float(self.stop), device=args.device)) > 0:  # all stop after the same step
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        """Put what the teacher's caches hold on disk."""
+        assert self.trainer is not None
+        for cache in self.trainer.engine.at.caches.values():
+            cache.flush()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
+        self.flush()
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

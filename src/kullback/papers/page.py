@@ -162,7 +162,7 @@ def write_page(
     if quick:
         parts.insert(
             4,
-            "> This is the `--quick` run: the same code for seconds, with too few steps for its numbers to mean anything.",
+            "> This is the `--quick` run: the same code for seconds, too few steps for its numbers to mean anything.",
         )
     parts += [f"![{caption}](figures/{name}.png)", f"*{caption}*", "## What was done", setup]
     parts += ["## What was measured", *(table.markdown() for table in tables), "## How to read it", reading]
@@ -213,7 +213,8 @@ def machine(seconds: float, processes: int) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = "one process" if processes == 1 else f"{processes} processes of one thread each"
-    return f"{cores} CPU cores ({platform.machine()}), {each}, {seconds:.0f} s in all; Python {platform.python_version()}, {versions}."
+    where = f"{cores} CPU cores ({platform.machine()}), {each}"
+    return f"{where}, {seconds:.0f} s in all; Python {platform.python_version()}, {versions}."
 
 
 def new_figure(panels: int, *, width: float = 3.6, height: float = 3.0) -> "tuple[Figure, Any]":

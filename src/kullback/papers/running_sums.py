@@ -1,7 +1,7 @@
 """The toy task of the papers' pages: running sums of eight digits, modulo seven, written one token at a time.
 
-    prompt 35216040  ->  completion 31343300                 (where one right answer is wanted)
-    prompt 35216040  ->  completion +31343300 or -46434400   (where there is a choice: a style token, then sums or differences)
+    prompt 35216040  ->  completion 31343300                 (one right answer)
+    prompt 35216040  ->  completion +31343300 or -46434400   (a choice: a style token, then sums or differences)
 
 Each sum needs the one before it, so what a student writes itself soon differs from what it was shown. Models are the
 tiny Qwen3 of `kullback.lm.tiny`, and all training is `kb.train`'s.
@@ -54,7 +54,7 @@ def make_rows(count: int, *, seed: int, styles: Mapping[str, float] | None = Non
 
 
 def grade_styles(problem: "Problem", completion: str) -> dict[str, float]:
-    """Right is the whole reply of the style that its first token announces. A verifier of a person's own, as a task takes it."""
+    """Right is the whole reply of the style that its first token announces. A verifier, as a task takes it."""
     style, sums = completion[:1], completion[1:]
     right = style in STYLES and sums == running_sums(problem.metadata["question"], style)
     return {"accuracy": float(right), "sums": float(style == "+")}
@@ -94,9 +94,13 @@ def train(method: "Method", **options: Any) -> "Run":
 
 
 def new_model(shape: Mapping[str, int], seed: int) -> tuple[Any, Any]:
-    """A tiny Qwen3 and its tokenizer. Weights start at half the usual 1 / sqrt(inputs): Qwen3's own 0.02 is for wide layers,
-    and a layer of 48 that starts there spends its first 300 steps on nothing."""
+    """A tiny Qwen3 and its tokenizer.
+
+    Weights start at half the usual 1 / sqrt(inputs): Qwen3's own 0.02 is for wide layers, and a student of width 48
+    that starts there learns nothing in 800 steps.
+    """
     import torch
+
     from kullback.lm.tiny import build_model, build_tokenizer
 
     model = build_model(**shape, max_length=CONTEXT, seed=seed)
@@ -109,7 +113,14 @@ def new_model(shape: Mapping[str, int], seed: int) -> tuple[Any, Any]:
 
 
 def fine_tune(
-    *, name: str, folder: Path, task: dict[str, Any], shape: Mapping[str, int], seed: int, graded: int = 0, **train_options: Any
+    *,
+    name: str,
+    folder: Path,
+    task: dict[str, Any],
+    shape: Mapping[str, int],
+    seed: int,
+    graded: int = 0,
+    **train_options: Any,
 ) -> dict[str, float]:
     """A new model, fine-tuned on the replies of the task and left in `folder`/`name`/model; returns how good it is."""
     from kullback.lm.methods.sft import SFT
@@ -117,9 +128,15 @@ def fine_tune(
     model, tokenizer = new_model(shape, seed)
     grading = {"problems": graded, "samples": 4, "anchors": False, "shown": 0}
     run = train(
-        SFT(max_completion=LONGEST), student=model, tokenizer=tokenizer, data=task, output=folder / name, evaluate=grading, seed=seed,
+        SFT(max_completion=LONGEST),
+        student=model,
+        tokenizer=tokenizer,
+        data=task,
+        output=folder / name,
+        evaluate=grading,
+        seed=seed,
         **train_options,
-    )  # fmt: skip
+    )
     return measured(run, "student")
 
 
@@ -127,7 +144,8 @@ def measured(run: "Run", who: str) -> dict[str, float]:
     """The values of an evaluation; "accuracy" is its avg@k."""
     graded = (run.evaluation or {}).get(who) or {}
     values = {name: item["value"] for name, item in graded.items() if isinstance(item, dict)}
-    return values | {"accuracy": value for name, value in values.items() if name.startswith("avg@")}
+    tries = [value for name, value in values.items() if name.startswith("avg@")]
+    return values | ({"accuracy": tries[0]} if tries else {})
 
 
 def spread(

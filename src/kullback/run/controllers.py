@@ -52,6 +52,10 @@ class Ramp:
                 f"schedule of {self.field}: steps={self.steps} and hold={self.hold} must be at least 1 and 0"
             )
 
+    def __str__(self) -> str:
+        hold = f", hold={self.hold}" if self.hold else ""
+        return f"{self.shape}({self.first:g} -> {self.last:g}, steps={self.steps}{hold})"
+
     @property
     def writes(self) -> tuple[str, ...]:
         return (self.field,)

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kullback.run.processes import several
+
 
 class Tally:
     """Sums and counts that are added up while a step runs and turned into means at its end."""
@@ -20,7 +22,7 @@ class Tally:
         """The means over all ranks (the totals for names in `sums`); starts anew."""
         local = {name: torch.stack(pairs).sum(0) for name, pairs in self._sums.items()}
         self._sums = {}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several():
             gathered: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(gathered, local)
             names = {name for part in gathered for name in part}
@@ -32,11 +34,3 @@ class Tally:
             for name, (total, count) in ((name, pair.tolist()) for name, pair in local.items())
             if count > 0
         }
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The same number on every rank: the sum of all."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value

@@ -51,7 +51,7 @@ class Term:
     shown: Tensor | None = None
 
     @property
-    def key(self) -> tuple[str, str | None, str | None]:
+    def key(self) -> tuple[str, Mean | None, str | None]:
         """What its denominator depends on."""
         return (self.over, self.mean, self.weight)
 

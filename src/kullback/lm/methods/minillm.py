@@ -38,7 +38,7 @@ class MiniLLM(Distillation):
     later: float = answer("signal", 1.0)
 
     @property
-    def scores(self) -> tuple[str, ...]:  # type: ignore[override]
+    def scores(self) -> tuple[str, ...]:
         return ("log_prob:teacher", "log_prob:student")
 
     def source(self) -> sources.Source:

@@ -31,5 +31,9 @@ class SequenceKD(Distillation):
 
     def signal(self, batch: Batch) -> list[Term]:
         return [
-            Term("nll", -batch.model.log_probs(), says="negative log-likelihood of the teacher's tokens, nats; value and gradient: exact")
+            Term(
+                "nll",
+                -batch.model.log_probs(),
+                says="negative log-likelihood of the teacher's tokens, nats; value and gradient: exact",
+            )
         ]

@@ -22,5 +22,9 @@ class SFT(Method):
 
     def signal(self, batch: Batch) -> list[Term]:
         return [
-            Term("nll", -batch.model.log_probs(), says="negative log-likelihood of the written tokens, nats; value and gradient: exact")
+            Term(
+                "nll",
+                -batch.model.log_probs(),
+                says="negative log-likelihood of the written tokens, nats; value and gradient: exact",
+            )
         ]

@@ -38,11 +38,11 @@ class VOPD(Distillation):
     updates: int = answer("source", 1)
 
     @property
-    def scores(self) -> tuple[str, ...]:  # type: ignore[override]
+    def scores(self) -> tuple[str, ...]:
         return ("log_prob:student",) if self.updates > 1 else ()
 
     @property
-    def passes(self) -> int:  # type: ignore[override]
+    def passes(self) -> int:
         return self.updates
 
     def source(self) -> sources.Source:

@@ -40,6 +40,11 @@ class WordKD(Distillation):
         terms = [match(self.divergence, batch, temperature=self.temperature, coefficient=1 - self.mix)]
         if self.mix > 0:
             terms.append(
-                Term("nll", -batch.model.log_probs(), coefficient=self.mix, says="negative log-likelihood, nats; value and gradient: exact")
+                Term(
+                    "nll",
+                    -batch.model.log_probs(),
+                    coefficient=self.mix,
+                    says="negative log-likelihood, nats; value and gradient: exact",
+                )
             )
         return terms

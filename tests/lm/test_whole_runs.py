@@ -1,8 +1,9 @@
-"""Ten steps are five steps, a kill, and the rest: to the bit."""
+"""Ten steps are five steps, a kill, and the rest, to the bit; and they are ten steps of two processes, to rounding."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,3 +72,26 @@ def test_a_stopped_run_resumes_to_the_same_weights(how: signal.Signals, whole: P
     ]
     assert [row["step"] for row in rows[0]] == list(range(1, 11))
     assert [{**row, "time": 0} for row in rows[0]] == [{**row, "time": 0} for row in rows[1]]
+
+
+def test_two_launched_processes_train_the_same_student(whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "tests.lm.train_ten", str(output)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, whole))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 2e-3  # Adam enlarges rounding
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (output, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
