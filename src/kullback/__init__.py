@@ -12,7 +12,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     from kullback.divergence import FDivergence, divergence, divergences
     from kullback.lm.api import evaluate, train
@@ -42,7 +41,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing the submodule `divergence` would bind its name here to the module; `kb.divergence` stays the function."""
+    """Keeps `kb.divergence` the function: importing the submodule `divergence` would bind its name to the module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "divergence" and isinstance(value, ModuleType):

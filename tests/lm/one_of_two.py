@@ -1,4 +1,4 @@
-"""One of two gloo processes: `python -m tests.lm.one_of_two METHOD FOLDER`, with RANK and its like in the environment."""
+"""One of two gloo processes: `python -m tests.lm.one_of_two METHOD FOLDER`, with RANK etc. in the environment."""
 
 import json
 import os

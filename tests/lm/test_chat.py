@@ -1,4 +1,4 @@
-"""Chat turns to tokens: only what the assistant wrote is trained, and training text is what generation would have read."""
+"""Chat turns to tokens: only what the assistant wrote is trained, and training text is what generation would read."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_prompt_and_reply_are_the_whole_conversation() -> None:
     assert text(prompt_ids(TOKENIZER, QUESTION) + ids) == whole
     trained = "".join(text([token]) for token, origin in zip(ids, origins, strict=True) if origin == Origin.DATASET)
     assert trained == "4<|end|>yes<|end|>"
-    assert {origin for origin in origins} == {Origin.DATASET, Origin.TOOL}
+    assert set(origins) == {Origin.DATASET, Origin.TOOL}
 
 
 def test_a_reply_ends_with_the_end_token_exactly_once() -> None:
@@ -58,7 +58,9 @@ def test_without_a_template_contents_stand_as_they_are() -> None:
 def test_a_template_that_rewrites_history_is_refused() -> None:
     changing = build_tokenizer()
     changing.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'][:1] }}<|end|>{% endfor %}"
+        "{% for m in messages %}"
+        "<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'][:1] }}<|end|>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     turns = [{"role": "assistant", "content": "long answer"}, {"role": "user", "content": "and"}]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from kullback.lm.plan import Plan
 from kullback.lm.engine import Engine
 from kullback.lm.inspect import inspect
+from kullback.lm.plan import Plan
 from kullback.lm.settings import TrainSettings
 from kullback.lm.tasks import load_task
 from kullback.lm.tiny import build_tokenizer

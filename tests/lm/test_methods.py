@@ -43,7 +43,7 @@ def sequence_log_prob(logits: torch.Tensor, sequence: tuple[int, ...]) -> torch.
 
 
 def test_minillm_descends_the_reverse_kl_of_whole_sequences() -> None:
-    """Every sequence, weighted by its probability: the two terms together are the exact gradient of KL(model || target)."""
+    """Every sequence weighted by its probability: both terms together are the exact gradient of KL(model || target)."""
     theirs, ours = table(0), table(1).requires_grad_()
     sequences = list(itertools.product(range(VOCAB), repeat=LENGTH))
     log_p = torch.stack([sequence_log_prob(ours, s) for s in sequences])
@@ -160,3 +160,15 @@ def test_mixtures_of_sources_have_their_shares() -> None:
     share = float((rollout.origin == Origin.STUDENT).any(1).float().mean())
     assert share == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 400) ** 0.5)
     assert len(set(rollout.group.tolist())) == 400
+
+
+def test_a_writing_teacher_reads_its_own_prompt_and_the_student_does_not() -> None:
+    plain, prompted = (make("sequence_kd", teacher_system=system) for system in (None, "Add carefully."))
+    first, second = (Engine(method, make_moment(method)).draw().rollout for method in (plain, prompted))
+    assert first.prompts == second.prompts
+    assert first.completions.shape != second.completions.shape or not torch.equal(first.completions, second.completions)
+
+
+def test_what_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target\.top_k=4 .* would do nothing: only the teacher's text is used"):
+        make("sequence_kd", top_k=4)

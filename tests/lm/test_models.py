@@ -97,7 +97,7 @@ def test_damaged_weights_are_found() -> None:
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "lm_head"]])
 def test_adapters_read_as_the_model_itself(modules: Any) -> None:
-    """A plain head stays fused, an adapted one is called as a module; both give the adapted model's numbers and gradients."""
+    """A plain head stays fused, an adapted one is called as a module; both give the adapted numbers and gradients."""
     torch.manual_seed(1)
     model = get_peft_model(
         random_model(0), LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM", init_lora_weights=False)

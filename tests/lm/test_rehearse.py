@@ -123,7 +123,7 @@ def test_the_objective_says_direction_scale_temperature_support_route_and_normal
 
 
 def test_methods_are_found_by_name_by_file_and_refused_kindly(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean .*vopd"):
+    with pytest.raises(ValueError, match=r"did you mean .*vopd"):
         find_method("vodp")
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"

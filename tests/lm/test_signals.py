@@ -1,4 +1,4 @@
-"""One divergence, any kind of target, any route: the same number where it must be, and a refusal where it would be wrong."""
+"""One divergence, any kind of target and route: the same number where it must be, a refusal where it would be wrong."""
 
 import dataclasses
 from typing import Any
@@ -100,14 +100,14 @@ def test_a_truncated_target_cannot_be_softened() -> None:
 
 
 def test_the_value_is_the_divergence_of_each_position() -> None:
-    batch, states, logits = batch_of(Origin.TEACHER)
+    batch, _, logits = batch_of(Origin.TEACHER)
     term = match("forward_kl", batch)
     model = batch.model.logits_of(slice(None)).double()  # type: ignore[attr-defined]
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=model)
     )
     torch.testing.assert_close(term.value[batch["scored"]].double(), expected, rtol=1e-5, atol=1e-6)
-    assert "mean over scored tokens" in term.says
+    assert "sum teacher log(teacher / student)" in term.says
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd(0.3)", "pearson_chi2"])

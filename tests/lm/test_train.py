@@ -55,7 +55,8 @@ def test_a_run_directory_is_whole(tmp_path: Path) -> None:
 
 def test_the_loss_of_the_log_is_the_sum_of_its_terms(tmp_path: Path) -> None:
     run = kb.train(
-        "word_kd", student=random_model(1), teacher=random_model(2), tokenizer=build_tokenizer(), data=ROWS, output=tmp_path / "run", mix=0.25, micro_batches=2, max_completion=50, **QUICK
+        "word_kd", student=random_model(1), teacher=random_model(2), tokenizer=build_tokenizer(), data=ROWS,
+        output=tmp_path / "run", mix=0.25, micro_batches=2, max_completion=50, **QUICK,
     )  # fmt: skip
     for row in run.metrics:
         assert row["loss"] == pytest.approx(0.75 * row["term/match/teacher"] + 0.25 * row["term/nll"], rel=1e-4)
@@ -77,9 +78,15 @@ def test_models_are_loaded_from_directories(tmp_path: Path) -> None:
 
 def test_a_cached_teacher_is_never_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(random_model(2), build_tokenizer(), tmp_path / "teacher")
-    options: dict[str, Any] = dict(
-        student=random_model(1), teacher=str(tmp_path / "teacher"), tokenizer=build_tokenizer(), data=ROWS, top_k=6, cache=str(tmp_path / "cache"), max_completion=50
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "student": random_model(1),
+        "teacher": str(tmp_path / "teacher"),
+        "tokenizer": build_tokenizer(),
+        "data": ROWS,
+        "top_k": 6,
+        "cache": str(tmp_path / "cache"),
+        "max_completion": 50,
+    }
     first = kb.train("word_kd", output=tmp_path / "first", **(options | {"student": random_model(1)}), **QUICK)
 
     def refuse(self: Any) -> Any:
@@ -112,7 +119,7 @@ def test_a_new_student_is_made_from_its_sizes(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     """Weights that overflow in the first update; the log keeps what came before."""
-    with pytest.raises((ValueError, FloatingPointError), match="NaN while sampling|the loss is nan"):
+    with pytest.raises((ValueError, FloatingPointError), match=r"NaN while sampling|the loss is nan"):
         distil(tmp_path / "run", learning_rate=1e30, max_grad_norm=0.0)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 1
 

@@ -1,7 +1,7 @@
 """A teacher's likeliest tokens on disk: written as they are first needed, found again by every later run.
 
-A cache is a directory of safetensors shards. Each shard has a small JSON file beside it, written last, with its checksum;
-`manifest.json` says whose predictions these are, so that another teacher, tokenizer or k is refused.
+A cache is a directory of safetensors shards. Each shard has a small JSON file beside it, written last, with its
+checksum; `manifest.json` says whose predictions these are, so that another teacher, tokenizer or k is refused.
 """
 
 import hashlib
@@ -88,7 +88,8 @@ class TopKCache:
             intact = False
         if not intact:
             raise ValueError(
-                f"target.cache: {shard} does not match its checksum; delete it and {side.name}, its rows will be made again"
+                f"target.cache: {shard} does not match its checksum; delete it and {side.name}, "
+                "its rows will be made again"
             )
         tensors = load_file(shard)
         counts = tensors["counts"].tolist()

@@ -26,9 +26,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, system: str 
 
 
 def reply_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, reply: Turns) -> tuple[list[int], list[int]]:
-    """Token ids of the turns that follow a prompt, and their origins: the assistant's are the data set's, others' a tool's.
+    """Token ids of the turns after a prompt, and their origins: the assistant's are the data set's, others' a tool's.
 
-    Each assistant turn ends with the end-of-sequence token, which is trained; what a template writes after it is only read.
+    Each assistant turn ends in the end-of-sequence token, which is trained; what a template adds after it is only read.
 
     Raises:
         ValueError: the template rewrites earlier turns, so that no text is the beginning of the next.

@@ -93,7 +93,8 @@ class Engine:
         live = [name for name, values in made.items() if values.requires_grad]
         if live:
             raise ValueError(
-                f"{type(method).__name__}.weight: {', '.join(live)} carries a gradient; weights are detached: use scores"
+                f"{type(method).__name__}.weight: {', '.join(live)} carries a gradient; "
+                "weights are detached: use scores"
             )
         self._denominators = {}
         self._count(rollout)
@@ -139,7 +140,10 @@ class Engine:
 
     @torch.no_grad()
     def score(self, what: str, rollout: Rollout) -> Float[Tensor, "row completion"]:
-        """ "log_prob:student", "entropy:teacher", "hellinger:reference,student" (target first), for all rows of a step."""
+        """One number per token, for all rows of a step.
+
+        `what` reads "log_prob:student", "entropy:teacher" or "hellinger:reference,student" (target first).
+        """
         kind, _, names = what.partition(":")
         rows_each = max(self.at.rows_at_once // 8, 1)
         parts = []

@@ -1,7 +1,7 @@
 """From prompts and completions to what a model reads, and back to one row per predicted token.
 
-Row t of what a model returns holds the distribution of token t + 1. That shift is made here and nowhere else: token t of
-a completion is predicted at input column `len(prompt) + t - 1`.
+Row t of what a model returns holds the distribution of token t + 1. That shift is made here and nowhere else: token t
+of a completion is predicted at input column `len(prompt) + t - 1`.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A method is five answers: whose text, match what, which divergence, how much each token counts, what changes over time.
+"""A method is five answers: whose text, match what, which divergence, how much a token counts, what changes over time.
 
 A method is a frozen dataclass. Every field belongs to one of the five questions, under which a recipe names it; the
 methods below return the parts that the one trainer runs. `ENGINE` order: controllers write into the fields, `source`
@@ -54,7 +54,10 @@ class Method:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Numbers per token to measure, without gradient, before `weight`: "log_prob:student", "forward_kl:teacher,student"."""
+        """Numbers per token to measure, without gradient, before `weight`.
+
+        Written like "log_prob:student" or "forward_kl:teacher,student".
+        """
         return ()
 
     @property

@@ -73,7 +73,7 @@ def _cannot_load(name: str, role: str, error: Exception) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give every text the same ids: the vocabulary, and what the fast tokenizer does with it."""
+    """Equal for tokenizers that give any text the same ids: the vocabulary and what the fast tokenizer does with it."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {}
@@ -131,7 +131,7 @@ class Head:
         return self.weight
 
     def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
-        """In float32 or wider, whatever the model's dtype: a divergence is made of small differences of log-probabilities."""
+        """In float32 or wider whatever the dtype: a divergence is made of small differences of log-probabilities."""
         if self.module is not None:
             logits = at_least_float32(self.module(hidden))
         else:

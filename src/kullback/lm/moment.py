@@ -1,4 +1,4 @@
-"""What a run knows at one step: its weights, its data, its memory. Everything here that changes is in the checkpoint."""
+"""What a run knows at one step: its weights, its data, its memory. All of it that changes is in the checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -93,7 +93,8 @@ def _check_fields(method: Method, controllers: tuple[Controller, ...]) -> None:
     source = method.source()
     if method.samples < 1 or method.max_prompt < 1 or method.max_completion < 1:
         raise ValueError(
-            f"source.samples, max_prompt and max_completion must be at least 1, got {method.samples}, {method.max_prompt}, {method.max_completion}"
+            "source.samples, max_prompt and max_completion must be at least 1, "
+            f"got {method.samples}, {method.max_prompt}, {method.max_completion}"
         )
     if source.writes == {Origin.DATASET} and method.samples != 1:
         raise ValueError(f"source.samples={method.samples} would do nothing: all text is the data set's; set it to 1")

@@ -76,12 +76,14 @@ def match(
     _need_own_text(batch, mask, route)
     if batch.sampling_temperature != 1.0:
         raise ValueError(
-            f"signal.route={route!r} is right only for tokens drawn from the student itself: source.sampling_temperature="
-            f"{batch.sampling_temperature:g} draws from another distribution; set it to 1, or use route=pathwise"
+            f"signal.route={route!r} is right only for tokens drawn from the student itself: "
+            f"source.sampling_temperature={batch.sampling_temperature:g} draws from another distribution; "
+            "set it to 1, or use route=pathwise"
         )
     if temperature != 1.0:
         raise ValueError(
-            f"signal.temperature={temperature:g}: route={route!r} works on log-probabilities of sampled tokens, which need 1"
+            f"signal.temperature={temperature:g}: route={route!r} works on log-probabilities of sampled tokens, "
+            "which need 1"
         )
     model_log_prob, target_log_prob = model.token_log_probs(), wanted.token_log_probs()
     shown = model.grid(D.sampled(target_log_prob, model_log_prob.detach(), drawn_from="model"))
@@ -107,7 +109,8 @@ def match(
         surrogate,
         coefficient=coefficient,
         shown=shown,
-        says=f"{words}; value: f at the sampled tokens, unbiased; gradient: link as a reward of the sampled tokens, {kind}",
+        says=f"{words}; value: f at the sampled tokens, unbiased; "
+        f"gradient: link as a reward of the sampled tokens, {kind}",
     )
 
 
@@ -125,8 +128,8 @@ def policy(
 ) -> Term:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = model / the policy that wrote.
 
-    The old policy is the column "log_prob:student" where the method scores it, else the model itself, detached: then the
-    ratio is 1 and its gradient that of A log model. A is detached.
+    The old policy is the column "log_prob:student" where the method scores it, else the model itself, detached: then
+    the ratio is 1 and its gradient that of A log model. A is detached.
     """
     A = (batch[advantage] if isinstance(advantage, str) else advantage).detach()
     A = A[:, None] if A.dim() == 1 else A
@@ -160,27 +163,28 @@ def pathwise(
     if isinstance(target, TopKPredictions):
         if temperature != 1:
             raise ValueError(
-                f"signal.temperature={temperature:g} cannot soften a target of which only target.top_k={target.top_k.k} tokens are known: "
-                "set it to 1, or leave target.top_k out"
+                f"signal.temperature={temperature:g} cannot soften a target of which only "
+                f"target.top_k={target.top_k.k} tokens are known: set it to 1, or leave target.top_k out"
             )
         if isinstance(model, HiddenPredictions):
             head = model.head
             return D.linear_topk(
-                target.top_k, model.hidden, head.matrix, model_bias=head.bias, model_logit_scale=head.scale, model_softcap=head.softcap,
-                temperature=temperature, tail=tail, token_weight=token_weight,
+                target.top_k, model.hidden, head.matrix, model_bias=head.bias, model_logit_scale=head.scale,
+                model_softcap=head.softcap, temperature=temperature, tail=tail, token_weight=token_weight,
             )  # fmt: skip
         assert isinstance(model, FullPredictions)
         return D.topk(target.top_k, model.logits_of(slice(None)), tail=tail, temperature=temperature)
     if not isinstance(target, FullPredictions) or not isinstance(model, FullPredictions):
         raise ValueError(
-            f"route='pathwise' needs the target's vocabulary at each prefix, but its predictions are {target.kind!r}: use route='link', "
-            "or a target with logits or top_k"
+            f"route='pathwise' needs the target's vocabulary at each prefix, but its predictions are {target.kind!r}: "
+            "use route='link', or a target with logits or top_k"
         )
     if isinstance(target, HiddenPredictions) and isinstance(model, HiddenPredictions):
         theirs, ours = target.head, model.head
         return D.linear(
             target.hidden, theirs.matrix, model.hidden, ours.matrix, target_bias=theirs.bias, model_bias=ours.bias,
-            target_logit_scale=theirs.scale, model_logit_scale=ours.scale, target_softcap=theirs.softcap, model_softcap=ours.softcap,
+            target_logit_scale=theirs.scale, model_logit_scale=ours.scale,
+            target_softcap=theirs.softcap, model_softcap=ours.softcap,
             temperature=temperature, token_weight=token_weight, pad_vocab=True,
         )  # fmt: skip
     return D.categorical(
@@ -192,13 +196,13 @@ def pathwise(
 def expected_link(
     D: FDivergence, target: Predictions, model: Predictions, baseline: Literal["exact", "none"] | int
 ) -> Float[Tensor, "scored"] | float:
-    """E_model[g] at each position: over the vocabulary, over the model's k likeliest tokens renormalised, or left out."""
+    """E_model[g] at each position: over the vocabulary, over the model's k likeliest tokens renormalised, or 0."""
     if baseline == "none":
         return 0.0
     if not isinstance(model, FullPredictions) or not isinstance(target, FullPredictions):
         raise ValueError(
-            f"signal.baseline={baseline!r} needs the teacher's probabilities of the student's tokens, which its {target.kind!r} "
-            "predictions do not have: set signal.baseline=none, or leave target.top_k out"
+            f"signal.baseline={baseline!r} needs the teacher's probabilities of the student's tokens, "
+            f"which its {target.kind!r} predictions do not have: set signal.baseline=none, or leave target.top_k out"
         )
     if baseline == "exact":
         return over_vocabulary(lambda theirs, ours, _: D.expected_link(theirs, ours), target, model)
@@ -214,8 +218,9 @@ def _need_own_text(batch: Batch, mask: Tensor, route: str) -> None:
     foreign = int((mask & (batch.rollout.origin != Origin.STUDENT)).sum())
     if foreign:
         raise ValueError(
-            f"signal.route={route!r} is right only for tokens the student sampled, but {foreign} of {int(mask.sum())} scored tokens are "
-            "somebody else's: use route=pathwise, or source.student_fraction=1"
+            f"signal.route={route!r} is right only for tokens the student sampled, "
+            f"but {foreign} of {int(mask.sum())} scored tokens are somebody else's: "
+            "use route=pathwise, or source.student_fraction=1"
         )
 
 

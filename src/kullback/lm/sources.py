@@ -16,7 +16,7 @@ Placed = Sequence[tuple[int, Problem]]
 
 
 class Source(ABC):
-    """Draws whole groups of rows. `writes` says whose tokens come out, which decides what gradient may be taken on them."""
+    """Draws whole groups of rows. `writes` says whose tokens come out, hence what gradient may be taken on them."""
 
     writes: frozenset[Origin]
     says: str
@@ -40,12 +40,14 @@ def read_prompt(problem: Problem, at: Moment, completion: int) -> list[int]:
     limit, room = at.method.max_prompt, context_length(at.model("student"))
     if len(ids) > limit:
         raise ValueError(
-            f"problem {problem.id!r}: its prompt has {len(ids)} tokens, source.max_prompt is {limit}; raise it or drop the problem"
+            f"problem {problem.id!r}: its prompt has {len(ids)} tokens, source.max_prompt is {limit}; "
+            "raise it or drop the problem"
         )
     if room is not None and len(ids) + completion > room:
         raise ValueError(
-            f"problem {problem.id!r}: {len(ids)} prompt tokens and up to {completion} of completion exceed the student's context of "
-            f"{room}; set source.max_completion to at most {max(room - len(ids), 0)}, or drop the problem"
+            f"problem {problem.id!r}: {len(ids)} prompt tokens and up to {completion} of completion "
+            f"exceed the student's context of {room}; "
+            f"set source.max_completion to at most {max(room - len(ids), 0)}, or drop the problem"
         )
     return ids
 
@@ -67,7 +69,8 @@ class DatasetSource(Source):
         for _, problem in problems:
             if not problem.reply:
                 raise ValueError(
-                    f"problem {problem.id!r} of {at.task.name} has no reply to train on; add a completion column, or let a model write "
+                    f"problem {problem.id!r} of {at.task.name} has no reply to train on; "
+                    "add a completion column, or let a model write "
                     "with source.student_fraction=1 or method: sequence_kd"
                 )
             ids, origin = reply_ids(at.tokenizer, problem.messages, problem.reply)
@@ -84,12 +87,14 @@ class DatasetSource(Source):
 class PlayerSource(Source):
     """A model writes, `samples` completions for each prompt, at the method's sampling temperature.
 
+    With `system` it reads a system prompt that the student, when it is trained on this text, does not.
     With `once`, what it wrote for a problem is kept and read again whenever the problem comes back.
     """
 
     player: str
     origin: Origin
     once: bool = False
+    system: str | None = None
 
     @property
     def writes(self) -> frozenset[Origin]:  # type: ignore[override]
@@ -97,7 +102,8 @@ class PlayerSource(Source):
 
     @property
     def says(self) -> str:  # type: ignore[override]
-        return f"text the {self.player} writes" + (", kept and read again" if self.once else "")
+        own = ", reading a system prompt of its own" if self.system is not None else ""
+        return f"text the {self.player} writes{own}" + (", kept and read again" if self.once else "")
 
     def write(self, problems: Placed, at: Moment) -> Rollout:
         samples = at.method.samples
@@ -128,6 +134,9 @@ class PlayerSource(Source):
             return []
         model, samples, limit = at.model(self.player), at.method.samples, at.method.max_completion
         prompts = [read_prompt(problem, at, limit) for _, problem in problems]
+        read = prompts
+        if self.system is not None:
+            read = [prompt_ids(at.tokenizer, problem.messages, system=self.system) for _, problem in problems]
         keys: list[tuple[int | str, ...]] = [
             (problem.id, sample) if self.once else (at.step, slot, sample)
             for slot, problem in problems
@@ -135,7 +144,7 @@ class PlayerSource(Source):
         ]
         written = generate(
             model,
-            prompts,
+            read,
             at.uniforms(f"rollout/{self.player}", keys, limit),
             end_ids=end_ids(at.tokenizer, model),
             samples=samples,
@@ -196,9 +205,9 @@ def student() -> Source:
     return PlayerSource("student", Origin.STUDENT)
 
 
-def teacher(*, once: bool = True) -> Source:
-    """The teacher's completions, written once for each problem."""
-    return PlayerSource("teacher", Origin.TEACHER, once=once)
+def teacher(*, once: bool = True, system: str | None = None) -> Source:
+    """The teacher's completions, written once for each problem; `system` is a system prompt that only it reads."""
+    return PlayerSource("teacher", Origin.TEACHER, once=once, system=system)
 
 
 def mix(*parts: tuple[float, Source]) -> Source:

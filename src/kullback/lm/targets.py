@@ -89,7 +89,8 @@ class FrozenTarget(Target):
         full: Callable[[Rollout, list[list[int]]], FullPredictions],
         at: Moment,
     ) -> Predictions:
-        assert self.cache is not None and self.top_k is not None
+        assert self.cache is not None
+        assert self.top_k is not None
         kept = at.caches[self.cache]
         keys = [
             row_key(

@@ -1,4 +1,4 @@
-"""The one driver for text: an `Engine` inside `transformers.Trainer`, which brings devices, sharding, callbacks and trackers."""
+"""The one driver for text: an `Engine` in `transformers.Trainer`, for devices, sharding, callbacks and trackers."""
 
 import json
 import os
@@ -60,7 +60,8 @@ class Trainer(transformers.Trainer):
         loss = self.engine.loss(inputs["batch"], wrapped=wrapped)
         if not loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {float(loss)} at step {self.state.global_step}: lower train.learning_rate, or train.max_grad_norm; "
+                f"the loss is {float(loss)} at step {self.state.global_step}: "
+                "lower train.learning_rate, or train.max_grad_norm; "
                 "`kullback inspect` shows the batch, the last checkpoint is kept"
             )
         return loss * self.engine.at.world  # DDP divides gradients by the number of ranks

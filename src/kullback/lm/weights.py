@@ -1,4 +1,4 @@
-"""How much each token counts: small pieces that methods combine into columns. All are detached and see the whole step."""
+"""How much each token counts: pieces that methods combine into columns. All are detached and see the whole step."""
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ def suffix_sum(values: Float[Tensor, "row completion"]) -> Float[Tensor, "row co
 
 
 def leave_one_out(values: Float[Tensor, "row *rest"], group: Int[Tensor, "row"]) -> Float[Tensor, "row *rest"]:
-    """The mean over the other rows of a row's group; 0 where it is alone. Independent of the row, hence a fair baseline."""
+    """The mean of the other rows of a row's group; 0 where it is alone. Independent of the row, so a fair baseline."""
     _, index = torch.unique(group, return_inverse=True)
     shape = (int(index.max()) + 1, *values.shape[1:])
     total = torch.zeros(shape, dtype=values.dtype, device=values.device).index_add_(0, index, values)[index]

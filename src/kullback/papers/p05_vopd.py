@@ -477,9 +477,9 @@ def _reading(found: Mapping[str, Any]) -> str:
     mean = {arm: statistics.fmean(run["after"]["accuracy"] for run in runs) for arm, runs in arms}
     accuracies = ", ".join(f"{value:.2f} ({arm})" for arm, value in mean.items())
     return (
-        f"The student starts {kl:.1f} nats per token from the teacher, where the value of a state is large and differs from "
-        "state to state: there the baseline has most to remove. It does not remove what is left, the choice of the one "
-        f"token, so the sum over the vocabulary stays quieter. After training the accuracies are {accuracies}. The value "
-        "of the state is not the best baseline for very peaked students (logits x 3), where in a third of the states it "
-        "is worse than none."
+        f"The student starts {kl:.1f} nats per token from the teacher, where the value of a state is large and "
+        "differs from state to state: there the baseline has most to remove. It does not remove what is left, the "
+        "choice of the one token, so the sum over the vocabulary stays quieter. After training the accuracies are "
+        f"{accuracies}. The value of the state is not the best baseline for very peaked students (logits x 3), "
+        "where in a third of the states it is worse than none."
     )

@@ -51,9 +51,9 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |"]
+        lines = [f"**{self.title}**", "", "| " + " | ".join(map(_escaped, self.columns)) + " |"]
         lines.append("|" + "|".join("---" if column == 0 else "---:" for column in range(len(self.columns))) + "|")
-        lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(_escaped(_cell(cell)) for cell in row) + " |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])])
 
 
@@ -235,7 +235,7 @@ def _directions(directions: Sequence[Direction]) -> str:
     for item in directions:
         kind = "the paper's" if item.claimed else "the card's"
         kind += ", asserted" if item.asserted else ", reported"
-        lines.append(f"| {item.says} | {words[item.held]} | {item.evidence} | {kind} |")
+        lines.append(f"| {_escaped(item.says)} | {words[item.held]} | {_escaped(item.evidence)} | {kind} |")
     return "\n".join(lines)
 
 
@@ -243,6 +243,10 @@ def _cell(cell: Any) -> str:
     if isinstance(cell, float):
         return "" if math.isnan(cell) else f"{cell:.3g}"
     return str(cell)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def _version(name: str) -> str:

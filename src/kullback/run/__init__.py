@@ -1,1 +1,1 @@
-"""What every training run shares: terms, controllers, seeds, the run directory and progress. Imports nothing of ours."""
+"""What every training run shares: terms, controllers, seeds, run directory and progress. Imports nothing of ours."""

@@ -12,8 +12,8 @@ class Controller(Protocol):
 
     `reads` names metrics ("rollout/accuracy", "probe/entropy"), `writes` fields as a recipe names them
     ("signal.temperature"). `when` is "step" (before every optimiser step) or "probe" (after each held-out probe).
-    `start` gives the first state and what is written before the first step. The state holds numbers and tensors only and
-    is kept in every checkpoint.
+    `start` gives the first state and what is written before the first step. The state holds numbers and tensors only
+    and is kept in every checkpoint.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Several processes as one: who writes, and numbers that are the same for all. With one process everything is at once."""
+"""Several processes as one: who writes, and numbers that agree for all. With one process everything is at once."""
 
 import os
 from typing import TypeVar

@@ -3,7 +3,7 @@
     loss = sum over terms of  coefficient * numerator / denominator
 
 The numerator is summed over micro-batches, the denominator is counted once for the whole optimiser step, over all
-micro-batches and ranks, before the first backward pass. So the way a step is cut into pieces cannot change its gradient.
+micro-batches and ranks, before the first backward pass. So how a step is cut into pieces cannot change its gradient.
 """
 
 from collections.abc import Mapping
@@ -89,6 +89,7 @@ def numerator(term: Term, columns: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     weights, mask = multipliers(columns, term.over, term.mean, term.weight)
     if term.value.shape != mask.shape:
         raise ValueError(
-            f"term {term.name!r}: value has shape {tuple(term.value.shape)}, but over={term.over!r} has {tuple(mask.shape)}"
+            f"term {term.name!r}: value has shape {tuple(term.value.shape)}, "
+            f"but over={term.over!r} has {tuple(mask.shape)}"
         )
     return (torch.where(mask, term.value, 0.0) * weights).sum()

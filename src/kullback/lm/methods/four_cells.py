@@ -12,8 +12,8 @@ KL(target || model); the other cells are of neither direction (card 09, checks 4
 Paper -> here:  p_T -> target,  q_theta -> model,  lambda (weight of the reverse term) -> reverse_weight,
 L_0 < L_1 < ... -> lengths,  H_min -> minimum_entropy.
 Source: arXiv 2605.16826, the decomposition, the KL mixture and the entropy-gated length curriculum.
-Differs from the paper: (1) a token mean over the step instead of the sum over t; (2) `minimum_entropy`, `lengths` and the
-time between gates are not given there and are the user's; (3) a mixture of prefixes is possible.
+Differs from the paper: (1) a token mean over the step instead of the sum over t; (2) `minimum_entropy`, `lengths` and
+the time between gates are not given there and are the user's; (3) a mixture of prefixes is possible.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,9 @@ class FourCells(Distillation):
         return f"{lam!r}*reverse_kl + {1 - lam!r}*forward_kl"
 
     def source(self) -> sources.Source:
-        return {"student": sources.student, "teacher": sources.teacher, "dataset": sources.dataset}[self.prefix]()
+        if self.prefix == "teacher":
+            return sources.teacher(system=self.teacher_system)
+        return sources.student() if self.prefix == "student" else sources.dataset()
 
     def signal(self, batch: Batch) -> list[Term]:
         return [match(self.divergence, batch, temperature=self.temperature)]

@@ -4,8 +4,8 @@
     gradient = E_{y ~ model} sum_t [ grad KL_t  -  R_{t+1} grad log model(y_t) ],    R_t = sum_{u >= t} r_u,
     r_u = log target(y_u) - log model(y_u)
 
-The first part is the reverse KL at the prefix, exact over the vocabulary; the second carries the rewards that follow the
-token. R is detached and, with `per_token`, divided by the number of tokens it sums.
+The first part is the reverse KL at the prefix, exact over the vocabulary; the second carries the rewards that follow
+the token. R is detached and, with `per_token`, divided by the number of tokens it sums.
 
 Paper -> here:  p -> target,  q_theta -> model,  R -> reward to go;  "single-step decomposition" -> the match term,
 "long-term part" -> the later term,  "length normalisation" -> per_token.

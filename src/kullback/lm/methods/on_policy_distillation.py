@@ -25,7 +25,7 @@ class OnPolicyDistillation(Distillation):
     """Match a teacher, token by token, on the student's own completions.
 
     Args:
-        divergence: a name `kb.divergence` parses. "reverse_kl" commits, "forward_kl" covers, "unit(jsd(0.1))" lies between.
+        divergence: a `kb.divergence` name. "reverse_kl" commits, "forward_kl" covers, "unit(jsd(0.1))" lies between.
         student_fraction: share of prompts the student answers.
         otherwise: who answers the others: "dataset" or "teacher".
         temperature: softens both distributions inside D. Sampling has its own, in the source.
@@ -43,7 +43,7 @@ class OnPolicyDistillation(Distillation):
             raise ValueError(f"source.student_fraction={self.student_fraction:g} must be between 0 and 1")
 
     def source(self) -> sources.Source:
-        others = sources.dataset() if self.otherwise == "dataset" else sources.teacher()
+        others = sources.dataset() if self.otherwise == "dataset" else sources.teacher(system=self.teacher_system)
         return sources.mix((self.student_fraction, sources.student()), (1 - self.student_fraction, others))
 
     def signal(self, batch: Batch) -> list[Term]:

@@ -2,8 +2,8 @@
 
     min over theta   - E_{y ~ teacher(. | x)}  sum_t log model(y_t | x, y_<t)
 
-In expectation this is KL(teacher || student) between whole sequences, up to the teacher's entropy. Only text passes from
-one to the other. Each problem is answered once and its answers are read again.
+In expectation this is KL(teacher || student) between whole sequences, up to the teacher's entropy. Only text passes
+from one to the other. Each problem is answered once and its answers are read again.
 
 Paper -> here:  p -> teacher,  q -> model.
 Source: Kim and Rush, arXiv 1606.07947, section 3.2.
@@ -23,8 +23,15 @@ from kullback.run.terms import Term
 class SequenceKD(Distillation):
     """Fine-tune on the teacher's own answers."""
 
+    def __post_init__(self) -> None:
+        if self.top_k is not None or self.cache is not None:
+            raise ValueError(
+                f"target.top_k={self.top_k} and target.cache={self.cache!r} would do nothing: "
+                "only the teacher's text is used; leave them out, or use method: word_kd"
+            )
+
     def source(self) -> sources.Source:
-        return sources.teacher(once=True)
+        return sources.teacher(system=self.teacher_system)
 
     def targets(self) -> dict[str, targets.Target]:
         return {}

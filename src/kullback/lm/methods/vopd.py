@@ -4,9 +4,9 @@
     gradient = -E[ A_t grad log model(y_t) ]  =  gradient of D(target, model) at s_t
 
 For reverse KL g = -log u, so r_t = log target(y_t) - log model(y_t) and V = -KL(model || target): the KL is *added* to
-the log-ratio. r, V and A are detached. The baseline depends on the state alone, so every choice of it leaves the expected
-gradient as it is: `baseline=exact` sums over the vocabulary, a number k uses the student's k likeliest tokens, both sides
-renormalised on them, and `none` is plain sampled distillation. At model = target every single gradient is 0.
+the log-ratio. r, V and A are detached. The baseline depends on the state alone, so every choice of it leaves the
+expected gradient as it is: `baseline=exact` sums over the vocabulary, a number k uses the student's k likeliest tokens,
+both sides renormalised on them, and `none` is plain sampled distillation. At model = target every single gradient is 0.
 
 Paper -> here:  pi_T, q -> target,  pi_theta, p -> model,  A_t -> advantage,  B-hat -> baseline=k,  epsilon -> clip.
 Source: arXiv 2605.07865, equations 9 to 15 (as in the official code); divergences other than reverse KL are ours.

@@ -1,6 +1,7 @@
 """Word-level knowledge distillation: match the teacher's next-token distribution along the data set's replies.
 
-    min over theta   E_{(x, y) in data}  sum_t [ (1 - mix) KL(target(. | x, y_<t) || model) - mix log model(y_t | x, y_<t) ]
+    min over theta   E_{(x, y) in data}  sum_t [ (1 - mix) KL(target(. | x, y_<t) || model)
+                                                 - mix log model(y_t | x, y_<t) ]
 
 Paper -> here:  q(. | x) -> target,  p(. | x) -> model,  alpha -> mix.
 Source: Hinton, Vinyals and Dean, arXiv 1503.02531; Kim and Rush, arXiv 1606.07947, section 3.1.
