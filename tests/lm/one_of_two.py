@@ -11,16 +11,17 @@ import torch.distributed as dist
 from kullback.lm.engine import Engine
 from tests.lm.small import gradient, make, make_moment
 
-name, folder = sys.argv[1], Path(sys.argv[2])
-dist.init_process_group("gloo")
-rank = int(os.environ["RANK"])
-method = make(name)
-engine = Engine(method, make_moment(method, rank=rank, world=2), micro_batches=2)
-loss, found = gradient(engine)
-total = torch.tensor(loss)
-dist.all_reduce(total)
-dist.all_reduce(found)
-if rank == 0:
-    torch.save(found, folder / "gradient.pt")
-    (folder / "loss.json").write_text(json.dumps(float(total)))
-dist.destroy_process_group()
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    method = make(name)
+    engine = Engine(method, make_moment(method, rank=rank, world=2), micro_batches=2)
+    loss, found = gradient(engine)
+    total = torch.tensor(loss)
+    dist.all_reduce(total)
+    dist.all_reduce(found)
+    if rank == 0:
+        torch.save(found, folder / "gradient.pt")
+        (folder / "loss.json").write_text(json.dumps(float(total)))
+    dist.destroy_process_group()
