@@ -4,6 +4,7 @@ Every verifier returns a dict of floats. "accuracy" is 0 or 1; "score" is the gr
 `verifier(...)` builds one from its name; `Task.verify` calls it and turns a failure into {"accuracy": nan, "error": 1}.
 """
 
+import atexit
 import difflib
 import importlib.util
 import inspect
@@ -226,4 +227,13 @@ class _MathWorker:
         return line
 
 
+    def close(self) -> None:
+        """End the process; the next question starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
 _MATH = _MathWorker()
+atexit.register(_MATH.close)

@@ -90,7 +90,7 @@ def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path 
         figure=_figure(exact, found),
         caption="Left and middle: the exact cells, accuracy and pass@32 against entropy, lambda from 0 to 1. "
         "Right: accuracy against entropy after training, a point per seed.",
-        reading=READING,
+        reading=_reading(found),
         differs=DIFFERS,
         seconds=time.monotonic() - started,
         quick=quick,
@@ -361,6 +361,7 @@ def _training_directions(found: Mapping[str, Any]) -> list[Direction]:
     own, own_words = wins(
         lambda w, i: accuracy["student", w][i] > accuracy["teacher", w][i], [(w, i) for w in WEIGHTS for i in seeds]
     )
+    closed = sum(max(run["path"]["length"]) < LADDER[-1] for run in found["gated"])
     kept, kept_words = wins(
         lambda i: (
             gated[i]["entropy"] > entropy["student", 1.0][i]
@@ -381,8 +382,9 @@ def _training_directions(found: Mapping[str, Any]) -> list[Direction]:
         Direction("forward KL is the better start for RL", None, "the RL half is not run"),
         Direction(
             "gated lengths keep more entropy and as much accuracy as the full length from the start, reverse KL",
-            kept,
-            kept_words,
+            kept if closed else None,
+            f"{kept_words}; "
+            + (f"the gate closed early in {closed} of {len(gated)}" if closed else "the gate never closed early"),
         ),
     ]
 
@@ -508,13 +510,18 @@ clipped at 1: method `four_cells` for both prefixes and lambda 0, 0.5, 1, {seeds
 for each prompt, student text anew at every step. The gated run starts at completions of 4 tokens and may lengthen
 after a probe every {probe} steps."""
 
-READING = (
-    "In (a) the direction decides which mode is held and how firmly: forward KL spreads over both strings "
-    "(entropy, pass@32), reverse KL picks one (avg@1). Only the teacher/forward cell is the gradient of a "
-    "divergence between whole strings, so only there is a sequence KL minimised on purpose. In (b) the students "
-    "are still learning when they stop, so entropy also says how far each came: read it beside accuracy. The "
-    "share of sums says whether a style was given up."
-)
+
+def _reading(found: Mapping[str, Any]) -> str:
+    shares = [run["after"].get("reward/sums", math.nan) for runs in found["cells"].values() for run in runs]
+    return (
+        "In (a) the direction decides which mode is held and how firmly: forward KL spreads over both strings "
+        "(entropy, pass@32), reverse KL picks one (avg@1). Only the teacher/forward cell is the gradient of a "
+        "divergence between whole strings, so only there is a sequence KL minimised on purpose. In (b) a student can "
+        f"hold both styles, and does: the share of sums ends between {min(shares):.2f} and {max(shares):.2f}. So "
+        "entropy there says how far a student came, not which mode it gave up: read it beside accuracy, and (a) for "
+        "the direction."
+    )
+
 
 DIFFERS = (
     "**The RL half is not run**: GRPO from each cell's student comes with a later release, so which cell is the "
