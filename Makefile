@@ -1,6 +1,7 @@
 # make quickstart: distil the shipped student with three divergences, on and off policy, and open the report
 # make test:       everything that must hold
 # make lint:       ruff and mypy
+# make bench:      time and memory against the limit and the peers; half an hour, on a machine with nothing else to do
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,6 +14,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -259,3 +259,48 @@ def test_mistakes_are_named():
         tv.linear(target["hidden"][:3], *args[1:])
     with pytest.raises(ValueError, match="model_hidden has shape"):
         tv.linear(*args[:2], target["hidden"], model["head"])
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-2, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_skipped_columns_stay_within_the_bound(tolerance, weighted):
+    """Values exact; each chunk's logit gradient within the tolerance; so both gradients within the stated bound."""
+    generator = torch.Generator().manual_seed(9)
+    n, v, h = 12, 300, 6
+    target, model = (8 * torch.randn(n, h, generator=generator, dtype=torch.float64) for _ in range(2))
+    heads = [torch.randn(v, h, generator=generator, dtype=torch.float64) for _ in range(2)]
+    model.requires_grad_(), heads[1].requires_grad_()
+    bias = torch.zeros(v, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(n, generator=generator, dtype=torch.float64) if weighted else None
+    D, wanted = divergence("forward_kl"), (model, heads[1], bias)
+
+    def run(tolerance):
+        value = D.linear(
+            target, heads[0], model, heads[1], model_bias=bias, token_weight=weight, gradient_tolerance=tolerance
+        )
+        return value, torch.autograd.grad((value * (1 if weight is None else weight)).sum(), wanted)
+
+    (exact, gradients), (value, skipped) = run(0.0), run(tolerance)
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(skipped[2], gradients[2])
+    G = torch.softmax(model @ heads[1].T, -1) - torch.softmax(target @ heads[0].T, -1)
+    sigma = [torch.linalg.matrix_norm(x.detach(), 2) for x in (heads[1], model)]
+    # weighted: the columns are chosen before token weights, which are at most 1 here
+    scale = 1.0 if weight is None else weight[:, None]
+    assert (skipped[0] - gradients[0]).norm() <= 1.01 * tolerance * G.norm() * sigma[0]
+    assert (skipped[1] - gradients[1]).norm() <= 1.01 * tolerance * G.norm() * sigma[1]
+    left_out = (skipped[1] == 0).all(-1)
+    assert left_out.any()
+    assert ((scale * G)[:, left_out].norm() <= tolerance * G.norm()).item()
+
+
+def test_skipping_across_chunks_and_in_half_precision():
+    target, model = problem(10, torch.bfloat16)
+    D, wanted = divergence("reverse_kl"), list(model.values())
+    args = (target["hidden"], target["head"], model["hidden"], model["head"])
+    exact, near = (D.linear(*args, model_bias=model["bias"], chunk=4, gradient_tolerance=t) for t in (0.0, 0.2))
+    torch.testing.assert_close(near, exact)
+    for a, b in zip(torch.autograd.grad(near.sum(), wanted), torch.autograd.grad(exact.sum(), wanted), strict=True):
+        assert (a - b).float().norm() <= 0.3 * b.float().norm()
+    with pytest.raises(ValueError, match=r"gradient_tolerance=1\.5"):
+        D.linear(*args, gradient_tolerance=1.5)

@@ -367,6 +367,7 @@ class FDivergence(ABC):
         model_softcap: float | None = None,
         token_weight: Float[Tensor, "*batch"] | None = None,
         chunk: int | None = None,
+        gradient_tolerance: float = 0.0,
         pad_vocab: bool = False,
     ) -> Float[Tensor, "*batch"]:
         return linear.linear(
@@ -384,6 +385,7 @@ class FDivergence(ABC):
             model_softcap=model_softcap,
             token_weight=token_weight,
             chunk=chunk,
+            gradient_tolerance=gradient_tolerance,
             pad_vocab=pad_vocab,
         )
 
@@ -400,6 +402,7 @@ class FDivergence(ABC):
         model_softcap: float | None = None,
         token_weight: Float[Tensor, "*batch"] | None = None,
         chunk: int | None = None,
+        gradient_tolerance: float = 0.0,
     ) -> Float[Tensor, "*batch"]:
         return linear.linear_topk(
             self,
@@ -413,6 +416,7 @@ class FDivergence(ABC):
             model_softcap=model_softcap,
             token_weight=token_weight,
             chunk=chunk,
+            gradient_tolerance=gradient_tolerance,
         )
 
     def sampled(

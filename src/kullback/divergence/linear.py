@@ -1,13 +1,14 @@
 """A divergence straight from hidden states and heads: exact, and the [tokens, vocab] logits never exist.
 
 Tokens are taken a chunk at a time. For one chunk the work is four matrix products: target logits, model logits and,
-while the model's log-probabilities are still there, the closed-form logit gradient times head and times hidden states.
-So the gradient is finished in the forward pass; backward only scales it.
+where the model's logits stood, the closed-form logit gradient times head and times hidden states. Products want many
+rows; the rest wants few, so that its passes stay in the cache: it goes over the chunk block by block, in place.
+The gradient is finished in the forward pass; backward only scales it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kullback.divergence import kernels
 from kullback.divergence.categorical import finite_rows
-from kullback.divergence.topk import Tail, TopK, check, rest
+from kullback.divergence.topk import Tail, TopK, check
 
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
 
 METHODS = ("linear", "linear_topk")
 
-CHUNK_ENTRIES = 2**22  # logits of one chunk by default: 16 MiB in float32
+LEAST_ENTRIES = 2**22  # logits of one chunk, whatever the widths: 16 MiB in float32
+MOST_ENTRIES = 2**27  # and at most: 512 MiB
 
-# From the tokens of a chunk and the model's log-probabilities there: the values, and if asked their gradient in the
-# model's log-softmax inputs.
-RowLoss = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+SKIP_WORTH = 0.1  # the share of columns from which leaving them out pays for packing the others
+SKIP_PART = 4096  # columns at a time after packing: their rows of the head are copied
+
+# (tokens of the chunk, the model's logits there before bias and scale, whether a gradient is wanted) -> the values;
+# the gradient in these logits, times the factor, replaces them.
+RowLoss = Callable[[slice, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,30 +46,30 @@ class Head:
     softcap: float | None
     temperature: float
 
-    def logits(self, hidden: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits of these tokens, written into `buffer`, and d logits / d product where that is not constant."""
-        logits = buffer[: len(hidden)]
+    def product(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden @ weight.T, written into the first rows of `out`."""
+        logits = out[: len(hidden)]
         if logits.dtype == hidden.dtype:
-            torch.mm(hidden, self.weight.t(), out=logits)
-        else:  # half precision: the product in its own dtype, everything after it in float32
-            logits.copy_(torch.mm(hidden, self.weight.t()))
+            return torch.mm(hidden, self.weight.t(), out=logits)
+        # half precision: the product in its own dtype, everything after it in float32
+        return logits.copy_(torch.mm(hidden, self.weight.t()))
+
+    def finish(self, logits: Tensor) -> Tensor | None:
+        """Make the product the logits, in place. Returns d logits / d product up to `factor`, unless it is 1."""
         if self.bias is not None:
             logits += self.bias
-        if self.scale != 1:
-            logits *= self.scale
-        bend = None
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            bend = 1 - logits**2
-            logits *= self.softcap
-        if self.temperature != 1:
-            logits /= self.temperature
-        return logits, bend
+        if self.softcap is None:
+            if self.factor != 1:
+                logits *= self.factor
+            return None
+        logits.mul_(self.scale / self.softcap).tanh_()
+        bend = 1 - logits**2
+        logits *= self.softcap / self.temperature
+        return bend
 
-    def log_probs(self, hidden: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits, bend = self.logits(hidden, buffer)
-        logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
-        return logits, bend
+    @property
+    def factor(self) -> float:
+        return self.scale / self.temperature
 
 
 def linear(
@@ -82,6 +88,7 @@ def linear(
     model_softcap: float | None = None,
     token_weight: Float[Tensor, "*batch"] | None = None,
     chunk: int | None = None,
+    gradient_tolerance: float = 0.0,
     pad_vocab: bool = False,
 ) -> Float[Tensor, "*batch"]:
     """`categorical` of softmax(logits / temperature) on both sides, without ever holding the logits of all tokens.
@@ -95,7 +102,14 @@ def linear(
         token_weight: the factor by which each value will enter the loss, default 1. The gradient of the head is built
             with it in the forward pass. If backward receives gradients that are not a multiple of it, the head's
             gradient is recomputed: exact as well, at the price of a second pass.
-        chunk: tokens at a time; by default about 4 million logits.
+        chunk: tokens at a time; by default as many as the head is wide, within 4 to 128 million logits. Two
+            such buffers are all that is held beside the gradients.
+        gradient_tolerance: leave out of both gradient products the tokens of the vocabulary that matter least to a
+            chunk: with G its logit gradient, so many columns that |G - G_kept| <= gradient_tolerance * |G| (Frobenius).
+            The gradients of hidden states and head are then off by at most gradient_tolerance * |G| times the largest
+            singular value of head and hidden states; values and the gradient of the bias stay exact. 0, the default,
+            leaves out nothing: a row of the head that is left out gets gradient 0 where it had a very small one, which
+            an optimiser that rescales each parameter (Adam) would have taken seriously.
         pad_vocab: heads of different sizes for one tokenizer; the extra rows of the larger are ignored.
 
     Returns:
@@ -123,28 +137,27 @@ def linear(
         )
     _fits("target", target_hidden, target_head, target_bias)
 
-    states = _matmul_ready(target_hidden.detach().flatten(0, -2), target_head.detach())
-    head = Head(states[1], _detach(target_bias), target_logit_scale, target_softcap, temperature)
+    states, weight = _matmul_ready(target_hidden.detach().flatten(0, -2), target_head.detach())
+    target_side = Head(weight, _detach(target_bias), target_logit_scale, target_softcap, temperature)
+    model_side = Head(model_head, _detach(model_bias), model_logit_scale, model_softcap, temperature)
     buffer: list[Tensor] = []
 
-    def row_loss(rows: slice, model: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def row_loss(rows: slice, model: Tensor, with_gradient: bool) -> Tensor:
         if not buffer or len(buffer[0]) < len(model):
             buffer[:] = [torch.empty_like(model)]
-        target, _ = head.log_probs(states[0][rows], buffer[0])
-        value = divergence.weighted_value(target, model).sum(-1)
-        return value, divergence.weighted_link(target, model) if with_gradient else None
+        target = target_side.product(states[rows], buffer[0])
+        kernel, size = kernels.choose(divergence, model, len(states) * model.shape[1], with_gradient)
+        factor = torch.tensor(model_side.factor, dtype=model.dtype, device=model.device)
+        values = model.new_empty(len(model))
+        for block in _blocks(model, size):
+            target_side.finish(target[block])
+            bend = model_side.finish(model[block])
+            values[block] = kernel(target[block], model[block], factor)
+            if bend is not None and with_gradient:
+                model[block] *= bend
+        return values
 
-    return _fused(
-        row_loss,
-        model_hidden,
-        model_head,
-        model_bias,
-        model_logit_scale,
-        model_softcap,
-        temperature,
-        token_weight,
-        chunk,
-    )
+    return _fused(row_loss, model_hidden, model_head, model_bias, token_weight, chunk, gradient_tolerance)
 
 
 def linear_topk(
@@ -160,6 +173,7 @@ def linear_topk(
     model_softcap: float | None = None,
     token_weight: Float[Tensor, "*batch"] | None = None,
     chunk: int | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> Float[Tensor, "*batch"]:
     """`topk` of a truncated target against softmax(logits / temperature), the model's logits a chunk at a time.
 
@@ -184,36 +198,70 @@ def linear_topk(
     if bucket:
         target = torch.cat([target, target_topk.tail().detach().to(dtype).flatten().unsqueeze(-1)], dim=-1)
 
-    def row_loss(rows: slice, model: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        kept = model.gather(-1, ids[rows])
-        if tail == "renormalise":
-            kept = torch.log_softmax(kept, dim=-1)
-        if bucket:
-            outside = rest(model, ids[rows]).unsqueeze(-1)
-            kept = torch.cat([kept, outside], dim=-1)
-        value = divergence.weighted_value(target[rows], kept).sum(-1)
-        if not with_gradient:
-            return value, None
-        link = finite_rows(divergence.weighted_link(target[rows], kept))
-        if tail == "renormalise":
-            link = link - kept.exp() * link.sum(-1, keepdim=True)
-        if not bucket:
-            return value, torch.zeros_like(model).scatter_(-1, ids[rows], link)
-        # the bucket's share goes to the tokens inside it in proportion to their probabilities
-        inside = torch.exp(model - outside.clamp(min=torch.finfo(model.dtype).min)) * link[:, -1:]
-        return value, inside.scatter_(-1, ids[rows], link[:, :-1])
+    side = Head(model_head, _detach(model_bias), model_logit_scale, model_softcap, temperature)
 
-    return _fused(
-        row_loss,
-        model_hidden,
-        model_head,
-        model_bias,
-        model_logit_scale,
-        model_softcap,
-        temperature,
-        token_weight,
-        chunk,
-    )
+    def row_loss(rows: slice, model: Tensor, with_gradient: bool) -> Tensor:
+        values = model.new_empty(len(model))
+        for block in _blocks(model, kernels.EAGER_BLOCK):
+            at = slice(rows.start + block.start, rows.start + block.stop)
+            bend = side.finish(model[block])
+            values[block] = _topk_rows(divergence, target[at], ids[at], model[block], tail, side.factor, with_gradient)
+            if bend is not None and with_gradient:
+                model[block] *= bend
+        return values
+
+    return _fused(row_loss, model_hidden, model_head, model_bias, token_weight, chunk, gradient_tolerance)
+
+
+def _topk_rows(
+    divergence: FDivergence,
+    target: Tensor,
+    ids: Tensor,
+    model: Tensor,
+    tail: Tail,
+    factor: float,
+    with_gradient: bool,
+) -> Tensor:
+    """Values of these rows; the gradient in the model's logits, times `factor`, replaces them.
+
+    The k kept logits are taken out first, so that what is left normalises the mass outside without cancellation.
+    """
+    bucket = target.shape[-1] > ids.shape[-1]
+    inside = model.gather(-1, ids)
+    model.scatter_(-1, ids, -torch.inf)
+    outside = torch.logsumexp(model, dim=-1, keepdim=True)  # -inf where nothing is left
+    total = torch.logaddexp(torch.logsumexp(inside, dim=-1, keepdim=True), outside)
+    kept = torch.log_softmax(inside, dim=-1) if tail == "renormalise" else inside - total
+    if bucket:
+        kept = torch.cat([kept, outside - total], dim=-1)
+    values = divergence.weighted_value(target, kept).sum(-1)
+    if not with_gradient:
+        return values
+    link = finite_rows(divergence.weighted_link(target, kept))
+    mean = link.sum(-1, keepdim=True)
+    if tail == "renormalise":
+        model.zero_()
+        at_kept = link - kept.exp() * mean
+    else:
+        # outside, link and mean are shared in proportion to the probabilities there
+        share = -mean * torch.exp(outside - total)
+        if bucket:
+            share = share + link[:, -1:]
+            link, kept = link[:, :-1], kept[:, :-1]
+        empty = torch.isneginf(outside)
+        model.sub_(torch.where(empty, torch.zeros_like(outside), outside)).exp_().mul_(share * factor)
+        at_kept = link - kept.exp() * mean
+    model.scatter_(-1, ids, at_kept * factor)
+    return values
+
+
+def _blocks(logits: Tensor, size: int) -> Iterator[slice]:
+    """Rows at a time: on a CPU about `size` logits, in equal parts; elsewhere all."""
+    count, vocab = logits.shape
+    parts = round(count * vocab / size) if logits.device.type == "cpu" else 1
+    parts = max(1, min(parts, count // 2))
+    for i in range(parts):
+        yield slice(count * i // parts, count * (i + 1) // parts)
 
 
 def _fused(
@@ -221,17 +269,17 @@ def _fused(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
     token_weight: Tensor | None,
     chunk: int | None,
+    gradient_tolerance: float,
 ) -> Tensor:
+    if not 0 <= gradient_tolerance < 1:
+        raise ValueError(f"gradient_tolerance={gradient_tolerance}: must be in [0, 1); 0 leaves out nothing")
     _fits("model", hidden, weight, bias)
     shape = hidden.shape[:-1]
     flat = hidden.flatten(0, -2)
-    count, vocab = len(flat), weight.shape[0]
-    chunk = chunk if chunk is not None else max(1, CHUNK_ENTRIES // max(vocab, 1))
+    if chunk is None:
+        chunk = _chunk(len(flat), *weight.shape)
     _positive(chunk=chunk)
     weights = None
     if token_weight is not None:
@@ -239,9 +287,20 @@ def _fused(
             raise ValueError(f"token_weight has shape {tuple(token_weight.shape)}: use one per token, {tuple(shape)}")
         weights = token_weight.detach().flatten()
     flat, head = _matmul_ready(flat, weight)
-    job = _Job(row_loss, logit_scale, softcap, temperature, min(chunk, max(count, 1)))
-    values: Tensor = _Fused.apply(flat, head, bias, weights, job, torch.is_grad_enabled())
+    values: Tensor = _Fused.apply(
+        flat, head, bias, weights, _Job(row_loss, chunk, gradient_tolerance), torch.is_grad_enabled()
+    )
     return values.reshape(shape)
+
+
+def _chunk(count: int, vocab: int, width: int) -> int:
+    """Tokens at a time: their logits are no larger than the head's gradient, within the limits above.
+
+    Fewer would cost time: every chunk reads the heads and reads and writes the head's gradient once.
+    """
+    vocab = max(vocab, 1)
+    most = max(1, LEAST_ENTRIES // vocab, min(width, MOST_ENTRIES // vocab))
+    return -(-count // -(-count // most)) if count else 1  # in equal parts
 
 
 @dataclass(frozen=True)
@@ -249,10 +308,8 @@ class _Job:
     """One fused loss, with everything but the tensors that are differentiated."""
 
     row_loss: RowLoss
-    logit_scale: float
-    softcap: float | None
-    temperature: float
     chunk: int
+    tolerance: float
 
     def run(
         self,
@@ -265,36 +322,103 @@ class _Job:
         """Values; gradients of each value in its hidden state; gradients of the weighted sum in head and bias."""
         count, vocab = len(hidden), weight.shape[0]
         dtype = torch.promote_types(torch.float32, hidden.dtype)
-        head = Head(weight, bias, self.logit_scale, self.softcap, self.temperature)
+        exact = dtype == hidden.dtype
+        head = Head(weight, None, 1.0, None, 1.0)
         values = torch.zeros(count, dtype=dtype, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if wants[1] else None
+        grad_hidden = torch.empty_like(hidden) if wants[0] else None
+        # without skipping the first chunk writes all of it
+        fresh = torch.empty_like if exact and not self.tolerance and count else torch.zeros_like
+        grad_weight = fresh(weight, dtype=dtype) if wants[1] else None
         grad_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if wants[2] else None
-        buffer = torch.empty(self.chunk, vocab, dtype=dtype, device=hidden.device)
+        buffer = torch.empty(min(self.chunk, count), vocab, dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, count, self.chunk):
                 rows = slice(start, min(start + self.chunk, count))
-                model, bend = head.log_probs(hidden[rows], buffer)
-                values[rows], grad = self.row_loss(rows, model, any(wants))
-                if grad is None:
+                grad = head.product(hidden[rows], buffer)
+                values[rows] = self.row_loss(rows, grad, any(wants))
+                if not any(wants):
                     continue
-                grad = finite_rows(grad)
-                grad.sub_(model.exp_() * grad.sum(-1, keepdim=True))  # m (g - E_m g), in place
-                if bend is not None:
-                    grad *= bend
-                grad *= self.logit_scale / self.temperature
-                if grad_hidden is not None:
-                    torch.mm(grad.to(weight.dtype), weight, out=grad_hidden[rows])
-                if token_weight is not None and (wants[1] or wants[2]):
-                    grad *= token_weight[rows].to(dtype).unsqueeze(-1)
-                if grad_weight is not None:
-                    if grad_weight.dtype == hidden.dtype:
-                        grad_weight.addmm_(grad.t(), hidden[rows])
-                    else:  # the sum over chunks stays in float32
-                        grad_weight += torch.mm(grad.to(hidden.dtype).t(), hidden[rows])
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += grad.sum(0) if token_weight is None else token_weight[rows].to(dtype) @ grad
+                kept = _kept_columns(grad, self.tolerance) if self.tolerance else None
+                rest = None if kept is None or grad_hidden is None else _Rest(grad, weight, len(kept))
+                parts: Iterable[tuple[Tensor, Tensor, Tensor | None]]
+                parts = [(grad, weight, None)] if kept is None else _kept_parts(grad, weight, kept)
+                for index, (part, head_rows, at) in enumerate(parts):
+                    if grad_hidden is not None:
+                        low = part.to(weight.dtype)
+                        if index == 0:
+                            torch.mm(low, head_rows, out=grad_hidden[rows])
+                        else:
+                            grad_hidden[rows].addmm_(low, head_rows)
+                        if rest is not None:
+                            rest.without(part, head_rows)
+                    if grad_weight is None:
+                        continue
+                    states = hidden[rows]
+                    if token_weight is not None:
+                        by = token_weight[rows].to(dtype).unsqueeze(-1)
+                        if exact:
+                            states = states * by  # narrower than the gradient
+                        else:
+                            part *= by
+                    if at is not None:
+                        grad_weight.index_add_(0, at, torch.mm(part.to(hidden.dtype).t(), states).to(dtype))
+                    elif exact and start == 0 and not self.tolerance:
+                        torch.mm(part.t(), states, out=grad_weight)
+                    elif exact:
+                        grad_weight.addmm_(part.t(), states)
+                    else:  # the sum over chunks stays in float32
+                        grad_weight += torch.mm(part.to(hidden.dtype).t(), states)
+                if rest is not None and grad_hidden is not None:
+                    grad_hidden[rows] += rest.product().to(grad_hidden.dtype)
         return values, grad_hidden, grad_weight, grad_bias
+
+
+class _Rest:
+    """The left-out columns in the gradient of the hidden states, as if their rows of the head were all alike.
+
+    A row of the logit gradient sums to zero, so what is kept does not: without this, the part that all rows of the head
+    have in common would no longer cancel.
+    """
+
+    def __init__(self, grad: Tensor, weight: Tensor, kept: int) -> None:
+        self.dropped = grad.shape[1] - kept
+        self.mass = grad.sum(-1)
+        self.head = weight.sum(0, dtype=grad.dtype)
+
+    def without(self, part: Tensor, head_rows: Tensor) -> None:
+        self.mass -= part.sum(-1)
+        self.head -= head_rows.sum(0, dtype=self.head.dtype)
+
+    def product(self) -> Tensor:
+        return torch.outer(self.mass, self.head / self.dropped)
+
+
+def _kept_columns(grad: Tensor, tolerance: float) -> Tensor | None:
+    """The columns to keep, ascending, so that the others hold tolerance^2 of the square sum; None if that is most."""
+    if grad.device.type == "cpu":
+        energy = torch.zeros_like(grad[0])
+        for row in grad:  # one pass, the sum stays in the cache
+            energy.addcmul_(row, row)
+    else:
+        energy = torch.linalg.vector_norm(grad, dim=0).square()
+    ascending, order = energy.sort()
+    dropped = int((ascending.cumsum(0, dtype=torch.float64) <= tolerance**2 * ascending.sum()).sum())
+    return None if dropped < SKIP_WORTH * len(order) else order[dropped:].sort().values
+
+
+def _kept_parts(grad: Tensor, weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(columns of the gradient, their rows of the head, their numbers), `grad` packed in place: no new chunk."""
+    count, width = len(grad), len(kept)
+    packed = grad.reshape(-1)[: count * width].view(count, width)
+    for block in _blocks(grad, kernels.EAGER_BLOCK):  # a row never moves beyond its old place
+        packed[block] = grad[block].index_select(1, kept)
+    for start in range(0, width, SKIP_PART):
+        at = kept[start : start + SKIP_PART]
+        yield packed[:, start : start + SKIP_PART], weight.index_select(0, at), at
+    if not width:
+        yield packed, weight[:0], kept
 
 
 class _Fused(torch.autograd.Function):
@@ -314,23 +438,25 @@ class _Fused(torch.autograd.Function):
         if token_weight is None:
             token_weight = torch.ones_like(values)
         ctx.job, ctx.wants, ctx.dtypes = job, wants, (weight.dtype, bias.dtype if bias is not None else None)
-        ctx.save_for_backward(hidden, weight, bias, token_weight, grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(hidden, weight, bias, token_weight, grad_hidden, grad_bias)
+        ctx.grad_weight = grad_weight  # not saved: the first backward hands this very tensor over, scaled in place
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, bias, token_weight, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden, weight, bias, token_weight, grad_hidden, grad_bias = ctx.saved_tensors
         (grad,) = grads
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad.unsqueeze(-1)).to(hidden.dtype)
-        if grad_weight is not None or grad_bias is not None:
+        grad_weight, ctx.grad_weight = ctx.grad_weight, None
+        _, wants_weight, wants_bias = ctx.wants
+        if wants_weight or wants_bias:
             factor = _common_factor(grad, token_weight)
-            if factor is None:
-                wants = (False, ctx.wants[1], ctx.wants[2])
-                _, _, grad_weight, grad_bias = ctx.job.run(hidden, weight, bias, grad, wants)
+            if factor is None or (wants_weight and grad_weight is None):  # other weights, or a second backward
+                _, _, grad_weight, grad_bias = ctx.job.run(hidden, weight, bias, grad, (False, *ctx.wants[1:]))
                 factor = torch.ones_like(grad[:1]).squeeze()
-            grad_weight = grad_weight if grad_weight is None else (grad_weight * factor).to(ctx.dtypes[0])
+            grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(factor).to(ctx.dtypes[0])
             grad_bias = grad_bias if grad_bias is None else (grad_bias * factor).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, grad_bias, None, None, None
 

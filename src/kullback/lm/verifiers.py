@@ -226,7 +226,6 @@ class _MathWorker:
             raise TimeoutError(f"math-verify gave no answer within {timeout:g} s")
         return line
 
-
     def close(self) -> None:
         """End the process; the next question starts another."""
         if self._process is not None:
