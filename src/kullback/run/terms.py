@@ -46,7 +46,6 @@ class Term:
     over: str = "scored"
     mean: Mean | None = None
     coefficient: float = 1.0
-    moves: str = "student"
     says: str = ""
     shown: Tensor | None = None
 
