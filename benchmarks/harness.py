@@ -1,104 +1,39 @@
-"""Contestants that take turns in one process, and what each of them cost."""
+"""Where the results of a benchmark are kept. How it measures: `kullback.run.measure`."""
 
 from __future__ import annotations
 
-import ctypes
 import datetime
-import gc
 import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from kullback.run.measure import (
+    BUSY,
+    agree,
+    forget_peak,
+    machine,
+    other_load,
+    peak,
+    peak_memory,
+    resident,
+    take_turns,
+)
+
+__all__ = [
+    "BUSY",
+    "RESULTS",
+    "agree",
+    "forget_peak",
+    "machine",
+    "other_load",
+    "peak",
+    "peak_memory",
+    "resident",
+    "save",
+    "take_turns",
+]
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "trl", "liger-kernel", "transformers")
-BUSY = 0.5  # load of other processes, in cores, above which a timing is marked
-
-
-def take_turns(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Run each once for its memory, then `repeats` rounds in which every one runs once, the first one rotating.
-
-    Returns, per contestant: seconds of each round, their median, the median over rounds of the ratio to the first
-    contestant, and the memory in bytes that one run added at its
-    peak, gradients included (None where the system does not tell).
-    """
-    out: dict[str, dict[str, Any]] = {}
-    for name, run in contestants.items():
-        out[name] = {"seconds": [], "peak_bytes": peak_memory(run)}
-    names = list(contestants)
-    for turn in range(repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            gc.collect()
-            start = time.perf_counter()
-            contestants[name]()
-            out[name]["seconds"].append(time.perf_counter() - start)
-    for row in out.values():
-        row["median"] = statistics.median(row["seconds"])
-        # within a round the machine is more alike than over the whole run
-        pairs = zip(row["seconds"], out[names[0]]["seconds"], strict=True)
-        row["over_limit"] = statistics.median(a / b for a, b in pairs)
-    return out
-
-
-def peak_memory(run: Callable[[], Any]) -> int | None:
-    """The growth of the resident set at its highest during run(); exact to pages, and whatever allocates is counted."""
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        refs.write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    before = _kilobytes(status, "VmRSS")
-    run()
-    return 1024 * (_kilobytes(status, "VmHWM") - before)
-
-
-def _kilobytes(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field + ":"))
-
-
-def other_load(seconds: float = 2.0) -> float | None:
-    """How many cores everything but this process keeps busy, measured while this process sleeps."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-
-    def busy() -> float:
-        user, nice, system, *_ = (int(x) for x in stat.read_text().splitlines()[0].split()[1:])
-        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
-
-    before = busy()
-    time.sleep(seconds)
-    return round((busy() - before) / seconds, 2)
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
@@ -108,17 +43,3 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     path.write_text(json.dumps({"name": name, "when": stamp, "machine": machine(), **result}, indent=1) + "\n")
     return path
-
-
-def agree(values: Mapping[str, tuple[float, ...]], tolerance: float) -> dict[str, float]:
-    """Relative difference of each contestant from the first; too much of it is an error, not a measurement."""
-    names = list(values)
-    reference = values[names[0]]
-    apart = {
-        name: max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(values[name], reference, strict=True))
-        for name in names
-    }
-    wrong = {name: d for name, d in apart.items() if not d <= tolerance}
-    if wrong:
-        raise AssertionError(f"contestants do not compute what {names[0]} computes: {wrong}")
-    return apart

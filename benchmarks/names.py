@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import linear, overhead, skipping
+from benchmarks import linear, overhead, rollouts, skipping, statistics, steps
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "linear": linear.run,
     "overhead": overhead.run,
+    "rollouts": rollouts.run,
     "skipping": skipping.run,
+    "statistics": statistics.run,
+    "steps": steps.run,
 }

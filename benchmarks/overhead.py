@@ -1,4 +1,4 @@
-"""What `linear` adds to its matrix products, for every named divergence: all else than `mm`, from a profile.
+"""What `linear` adds to its matrix products, for every named divergence: all else than the products, from a profile.
 
 Total and products are taken from the same run, so a machine whose speed drifts does not blur it.
 """
@@ -17,7 +17,7 @@ from kullback.divergence import kernels
 
 FULL = {"tokens": 1024, "width": 1024, "vocab": 32768, "repeats": 2}
 QUICK = {"tokens": 64, "width": 32, "vocab": 256, "repeats": 1}
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
 
 
 def run(quick: bool = False) -> dict[str, Any]:

@@ -6,18 +6,24 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, linear, overhead, report, skipping
+import kullback as kb
+from benchmarks import harness, linear, overhead, report, skipping, trained
 
-SMALL = {"tokens": (24,), "width": 16, "vocab": 64, "repeats": 1}
+SMALL = {"tokens": 24, "width": 16, "vocab": 64, "repeats": 2}
 
 
 @pytest.fixture
-def quiet(monkeypatch):
+def quiet(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "other_load", lambda seconds=2.0: 0.0)
     monkeypatch.setattr(linear, "QUICK", SMALL)
-    monkeypatch.setattr(linear, "DIVERGENCES", ("reverse_kl",))
-    monkeypatch.setattr(skipping, "QUICK", SMALL | {"tokens": 24})
-    monkeypatch.setattr(skipping, "DIVERGENCES", ("reverse_kl",))
+    two = {name: kb.divergence(name) for name in ("reverse_kl", "le_cam")}
+    monkeypatch.setattr(linear, "family", lambda: two)
+    monkeypatch.setattr(
+        linear, "PIECES", {k: v for k, v in linear.PIECES.items() if k not in ("forward_kl", "jsd(0.5)")}
+    )
+    monkeypatch.setattr(skipping, "QUICK", {"tokens": 64, "pool": 128, "repeats": 1})
+    monkeypatch.setattr(skipping, "TEXTS", {"surest": ("reverse_kl",)})
+    monkeypatch.setattr(trained, "FOLDER", tmp_path / "trained")
     monkeypatch.setattr(skipping, "TOLERANCES", (0.0, 0.1))
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # what is tested here is the harness
 
@@ -63,5 +69,5 @@ def test_turns_rotate_and_memory_is_seen():
 
 def test_the_limit_is_that_of_the_products():
     x = linear.problem(8, 4, 16)
-    linear.products(x)()
-    linear.products(x, 3)()
+    for options in ({}, {"target": False}, {"head": False}):
+        linear.products(x, **options)()

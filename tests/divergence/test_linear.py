@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kullback.divergence import TopK, divergence
+from kullback.divergence import TopK, divergence, linear
 
 from .table import TABLE
 
@@ -263,8 +263,9 @@ def test_mistakes_are_named():
 
 @pytest.mark.parametrize("tolerance", [1e-5, 1e-2, 0.3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_skipped_columns_stay_within_the_bound(tolerance, weighted):
+def test_skipped_columns_stay_within_the_bound(tolerance, weighted, monkeypatch):
     """Values exact; each chunk's logit gradient within the tolerance; so both gradients within the stated bound."""
+    monkeypatch.setattr(linear, "SKIP_RANK", 2)  # of a width of 6
     generator = torch.Generator().manual_seed(9)
     n, v, h = 12, 300, 6
     target, model = (8 * torch.randn(n, h, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -284,14 +285,37 @@ def test_skipped_columns_stay_within_the_bound(tolerance, weighted):
     torch.testing.assert_close(value, exact)
     torch.testing.assert_close(skipped[2], gradients[2])
     G = torch.softmax(model @ heads[1].T, -1) - torch.softmax(target @ heads[0].T, -1)
-    sigma = [torch.linalg.matrix_norm(x.detach(), 2) for x in (heads[1], model)]
     # weighted: the columns are chosen before token weights, which are at most 1 here
-    scale = 1.0 if weight is None else weight[:, None]
-    assert (skipped[0] - gradients[0]).norm() <= 1.01 * tolerance * G.norm() * sigma[0]
-    assert (skipped[1] - gradients[1]).norm() <= 1.01 * tolerance * G.norm() * sigma[1]
-    left_out = (skipped[1] == 0).all(-1)
-    assert left_out.any()
-    assert ((scale * G)[:, left_out].norm() <= tolerance * G.norm()).item()
+    states = model.detach() * (1 if weight is None else weight[:, None])
+    for x, near, right in zip((heads[1].detach(), states), skipped, gradients, strict=False):
+        assert 0 < (near - right).norm() <= 1.01 * tolerance * G.norm() * torch.linalg.matrix_norm(x, 2)
+    left = [x - x @ (d := linear._main_directions(x)) @ d.T for x in (heads[1].detach(), states)]
+    for x, near, right in zip(left, skipped, gradients, strict=False):
+        assert (near - right).norm() <= 1.01 * tolerance * G.norm() * torch.linalg.matrix_norm(x, 2)
+
+
+def test_the_columns_left_out_are_the_smallest_that_fit():
+    G = torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    G *= torch.logspace(0, -4, 40)
+    energy = G.square().sum(0)
+    for tolerance in (0.01, 0.1, 0.5):
+        kept = linear._kept_columns(G, tolerance)
+        out = torch.ones(40, dtype=torch.bool).index_fill_(0, kept, False)
+        assert energy[out].sum() <= tolerance**2 * energy.sum() < energy[out].sum() + energy[kept].min()
+    assert linear._kept_columns(torch.ones(6, 40), 0.1) is None
+
+
+def test_main_directions_are_orthonormal_and_leave_little():
+    generator = torch.Generator().manual_seed(1)
+    spectrum = torch.logspace(1, -2, 40, dtype=torch.float64)
+    a, b = (torch.linalg.qr(torch.randn(n, 40, generator=generator, dtype=torch.float64)).Q for n in (300, 60))
+    matrix = a * spectrum @ b.T
+    found = linear._main_directions(matrix)
+    torch.testing.assert_close(found.T @ found, torch.eye(linear.SKIP_RANK, dtype=torch.float64))
+    assert torch.linalg.matrix_norm(matrix - matrix @ found @ found.T, 2) < 1.5 * spectrum[linear.SKIP_RANK]
+    common = 5 + torch.randn(300, 60, generator=generator, dtype=torch.float64)  # what all rows have in common is found
+    found = linear._main_directions(common)
+    assert torch.linalg.matrix_norm(common - common @ found @ found.T, 2) < torch.linalg.matrix_norm(common, 2) / 10
 
 
 def test_skipping_across_chunks_and_in_half_precision():

@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from kullback.lm.engine import Engine
 from kullback.lm.method import Method, find_method
 from kullback.lm.moment import Moment
+from kullback.lm.parts import ATTRIBUTE, build_parts
 from kullback.lm.tasks import load_task
 from kullback.lm.tiny import build_tokenizer
 
@@ -46,8 +47,18 @@ def make_moment(method: Method, *, dtype: torch.dtype = torch.float32, **options
     players = {
         "student": random_model(1).to(dtype),
         "teacher": random_model(2, hidden=24).to(dtype).requires_grad_(False),
+        "reference": random_model(3).to(dtype).requires_grad_(False),
+        "hinted": random_model(4).to(dtype).requires_grad_(False),
     }
-    return Moment(players, build_tokenizer(), load_task(ROWS, seed=0), method, prompts_per_step=8, **options)
+    at = Moment(players, build_tokenizer(), load_task(ROWS, seed=0), method, prompts_per_step=8, **options)
+    if method.parts():
+        at.parts = build_parts(method.parts(), 16, seed=0, device="cpu")
+        for index, part in enumerate(at.parts.values()):
+            for parameter in part.parameters():  # not the zeros they start from
+                torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(index))
+        players["student"].add_module(ATTRIBUTE, torch.nn.ModuleDict(at.parts))
+    method.begin(at)
+    return at
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -64,6 +75,44 @@ CASES: dict[str, dict[str, Any]] = {
     "minillm": {"max_completion": 12, "samples": 2},
     "four_cells": {"reverse_weight": 0.25, "max_completion": 12},
     "vopd": {"max_completion": 12, "samples": 2},
+    "grpo": {
+        "rewards": {"accuracy": 1.0, "finished": 0.5},  # an untrained student is never right, but it does stop
+        "max_completion": 12,
+        "samples": 3,
+        "scale": "batch",
+        "correction": 2.0,
+        "redraws": 1,
+        "reference": "initial",
+        "penalty": 0.1,
+        "horizon": "sequence",
+    },
+    "dph_rl": {
+        "rewards": {"accuracy": 1.0, "finished": 0.5},
+        "judge": "finished",
+        "updates": 2,
+        "attempts": 2,
+        "threshold": 2,
+        "replay": 4,
+        "max_completion": 12,
+        "samples": 2,
+    },
+    "trace": {
+        "rewards": {"accuracy": 1.0, "finished": 0.5},
+        "max_completion": 12,
+        "samples": 2,
+        "error": "reverse_kl",
+        "template": "{prompt} {hint}",
+    },
+    "ppo": {"rewards": {"accuracy": 1.0, "finished": 0.5}, "max_completion": 12, "samples": 2},
+    "f_dpg": {"score": "posterior(finished, beta=0.5)", "max_completion": 12, "samples": 3},
+    "dpo": {
+        "divergence": "reverse_kl + jsd(0.3)",
+        "pairs": "student",
+        "judge": "finished",
+        "max_completion": 12,
+        "samples": 2,
+    },
+    "chi_po": {"pairs": "reference", "judge": "finished", "max_completion": 12, "samples": 2},
 }
 
 

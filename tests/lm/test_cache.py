@@ -11,7 +11,7 @@ import torch
 from kullback.lm.cache import TopKCache
 from kullback.lm.engine import Engine
 from kullback.lm.models import tokenizer_fingerprint
-from kullback.lm.moment import Lazy
+from kullback.lm.players import Lazy
 from tests.lm.small import gradient, make, make_moment
 
 IDENTITY: dict[str, Any] = {"teacher": "t", "tokenizer": "abc", "top_k": 4}

@@ -19,9 +19,13 @@ from kullback.lm.rollout import Origin
 from tests.lm.small import CASES, gradient, make, make_moment
 
 
+def score(engine: Engine, name: str, rollout: Any) -> torch.Tensor:
+    return engine.scores.measure([name], rollout, engine.targets)[name]
+
+
 def test_every_method_is_in_the_table() -> None:
     assert set(CASES) == set(methods())
-    assert len(CASES) == 8
+    assert len(CASES) == 10
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,7 +117,7 @@ def test_log_probs_of_the_batch_are_those_of_rows_alone() -> None:
     rollout = engine.draw().rollout
     plain = _log_probs(engine.at.model("student"), rollout)
     torch.testing.assert_close(
-        engine.score("log_prob:student", rollout) * rollout.scored, plain * rollout.scored, rtol=1e-4, atol=1e-5
+        score(engine, "log_prob:student", rollout) * rollout.scored, plain * rollout.scored, rtol=1e-4, atol=1e-5
     )
 
 
@@ -129,7 +133,7 @@ def test_scores_are_the_divergences_of_the_two_models() -> None:
     method = make("on_policy_distillation")
     engine = Engine(method, make_moment(method))
     rollout = engine.draw().rollout
-    grid = engine.score("forward_kl:teacher,student", rollout)
+    grid = score(engine, "forward_kl:teacher,student", rollout)
     i, t = (int(x[0]) for x in rollout.scored.nonzero(as_tuple=True))
     ids = torch.tensor([rollout.prompts[i] + rollout.completions[i, : t + 1].tolist()])
     theirs, ours = (
@@ -170,7 +174,7 @@ def test_vopd_second_pass_uses_the_first_pass_s_ratio() -> None:
     (micro,) = engine.prepare(1)
     assert torch.equal(micro.rollout.completions, first)
     old = micro["log_prob:student"]
-    new = engine.score("log_prob:student", micro.rollout)
+    new = score(engine, "log_prob:student", micro.rollout)
     assert float((old - new)[micro["scored"]].abs().max()) > 1e-3
     third = engine.prepare(2)[0].rollout.completions
     assert third.shape != first.shape or not torch.equal(third, first)
@@ -182,7 +186,7 @@ def test_rehearsal_accepts_every_method(name: str) -> None:
         assert term.says
 
 
-@pytest.mark.parametrize("name", ["gkd", "vopd", "minillm"])
+@pytest.mark.parametrize("name", ["gkd", "vopd", "minillm", "grpo", "ppo", "dph_rl"])
 def test_two_processes_give_the_gradient_of_one(name: str, tmp_path: Path) -> None:
     method = make(name)
     loss, whole = gradient(Engine(method, make_moment(method)))

@@ -50,7 +50,7 @@ def test_all_rows_together_add_the_loss_of_the_step(name: str) -> None:
         text = at_width(seen, width)
         (loss,) = re.findall(r"scored tokens, loss (\S+)", text)
         parts = [float(part) for part in re.findall(r"adds\s+(\S+)\s+to\s+the\s+loss", text)]
-        assert len(parts) == 4 * CASES[name].get("samples", 1)
+        assert len(parts) == 4 * CASES[name].get("samples", 1) + CASES[name].get("replay", 0)
         assert sum(parts) == pytest.approx(float(loss), rel=1e-4, abs=1e-5)
         assert max(map(len, text.splitlines())) <= width
         assert "…" not in text  # nothing is cut off
@@ -70,7 +70,7 @@ def test_the_loss_is_the_one_that_would_be_trained() -> None:
 def test_a_line_says_what_both_models_think_of_its_token() -> None:
     what = plan("word_kd", mix=0.3)
     text = printed(what, rows=1)
-    tokenizer, student, teacher = what.tokenizer, what.student, what.teacher
+    tokenizer, student, teacher = what.tokenizer, what.student, what.players["teacher"]
     prompt = re.search(r"prompt \(\d+ tokens\): '(.*)'", text).group(1)
     lines = token_lines(text)
     completion = [int(cells[2]) for cells in lines]

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import kullback as kb
-from kullback.lm import predictions
+from kullback.divergence import statistics
 from kullback.lm.models import Head
 from kullback.lm.predictions import HiddenPredictions, LogitPredictions
 from kullback.lm.statistics import token_statistics
@@ -40,7 +40,8 @@ def oracle(target: torch.Tensor, model: torch.Tensor) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("chunk", [1, 4 * VOCAB, 1 << 24])
 def test_all_numbers_are_those_of_torch_distributions(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictions, "LOGITS_PER_CHUNK", chunk)
+    monkeypatch.setattr(statistics, "ENTRIES", chunk)
+    monkeypatch.setattr(statistics, "LEAST_ROWS", 1)
     found = token_statistics(wrap(logits(1)), wrap(logits(0)))
     expected = oracle(logits(0), logits(1))
     assert set(found) == set(expected)

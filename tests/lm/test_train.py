@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kullback as kb
-from kullback.lm.moment import Lazy
+from kullback.lm.players import Lazy
 from kullback.lm.tiny import build, save
 from tests.lm.small import ROWS, build_tokenizer, random_model
 
@@ -171,3 +171,19 @@ def test_a_divergence_may_be_given_as_an_object(tmp_path: Path) -> None:
         ValueError, match=r"divergence=nobody_knows_me: this name is not known; kb\.divergence\.register it"
     ):
         distil(tmp_path / "mine", divergence=mine)
+
+
+def test_no_checkpoint_in_the_middle_of_a_draw(tmp_path: Path) -> None:
+    """Three steps on each draw, a checkpoint every two: it waits for the draw, and a resumed run repeats the whole."""
+    options: dict[str, Any] = {
+        "student": random_model(1), "tokenizer": build_tokenizer(), "data": ROWS, "samples": 2, "max_completion": 6,
+        "updates": 3, "save_every": 2, "penalty": 0.1, "prompts_per_step": 2, "evaluate": {"problems": 0},
+    }  # fmt: skip
+    whole = kb.train("ppo", output=tmp_path / "whole", steps=9, **options)
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "whole" / "checkpoints").glob("checkpoint-*"))
+    assert saved
+    assert all(step % 3 == 0 for step in saved)
+    part = {**options, "student": random_model(1)}
+    kb.train("ppo", output=tmp_path / "part", steps=6, lr_schedule="constant", **part)
+    resumed = kb.train("ppo", output=tmp_path / "part", steps=9, resume=True, **(part | {"student": random_model(1)}))
+    assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]

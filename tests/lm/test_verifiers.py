@@ -141,7 +141,23 @@ def test_a_users_function(tmp_path, returns, grades):
     assert task.verify(task.train[0], "text") == grades
 
 
-@pytest.mark.parametrize("body", ["raise KeyError('x')", "return None", "return 'good'", "return {'accuracy': 'x'}"])
+FAILURES = [
+    "raise KeyError('x')",
+    "raise SystemExit(1)",
+    "return None",
+    "return 'good'",
+    "return '1.0'",
+    "return float('nan')",
+    "return float('inf')",
+    "return {}",
+    "return {'score': 1.0}",
+    "return {'accuracy': 'x'}",
+    "return {'accuracy': float('nan')}",
+    "return {'accuracy': 1.0, 'style': float('nan')}",
+]
+
+
+@pytest.mark.parametrize("body", FAILURES)
 def test_a_failing_verifier_is_counted_and_does_not_raise(tmp_path, body):
     file = user_file(tmp_path, f"def grade(problem, completion):\n    {body}\n")
     task = load_task({"name": "reasoning_gym/chain_sum", "verifier": f"{file}:grade"}, seed=0)
@@ -151,6 +167,35 @@ def test_a_failing_verifier_is_counted_and_does_not_raise(tmp_path, body):
         assert grades["error"] == 1.0
     assert task.errors == 2
     assert "Error" in task.last_error
+
+
+def test_a_hang_costs_its_own_sample_only(tmp_path):
+    body = "    import time\n    if completion == 'hang':\n        time.sleep(1000)\n    return 1.0\n"
+    file = user_file(tmp_path, f"def grade(problem, completion):\n{body}")
+    spec = {"name": "reasoning_gym/chain_sum", "verifier": f"{file}:grade", "verifier_timeout": 0.2}
+    task, started = load_task(spec, seed=0), time.monotonic()
+    grades = [task.verify(task.train[0], text) for text in ("fine", "hang", "fine")]
+    assert time.monotonic() - started < 5
+    assert [one["accuracy"] for one in (grades[0], grades[2])] == [1.0, 1.0]
+    assert math.isnan(grades[1]["accuracy"])
+    assert task.errors == 1
+    assert "TimeoutError: the verifier gave no answer within 0.2 s" in task.last_error
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "verifier")
+
+
+def test_without_a_limit_a_verifier_runs_in_the_caller_s_thread(tmp_path):
+    body = "def grade(p, c):\n    import threading\n    return threading.current_thread().name == 'MainThread'\n"
+    file = user_file(tmp_path, body)
+    for limit, accuracy in ((0, 1.0), (5, 0.0)):
+        spec = {"name": "reasoning_gym/chain_sum", "verifier": f"{file}:grade", "verifier_timeout": limit}
+        task = load_task(spec, seed=0)
+        assert task.verify(task.train[0], "text")["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("limit", [-1, True, "5", float("inf"), float("nan")])
+def test_a_time_limit_that_is_none_is_refused(limit):
+    with pytest.raises(ValueError, match=r"task\.verifier_timeout=.*seconds for one completion, or 0"):
+        load_task({"name": "reasoning_gym/chain_sum", "verifier_timeout": limit}, seed=0)
 
 
 @pytest.mark.parametrize(

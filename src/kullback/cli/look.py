@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kullback.cli.app import FAILED, AsJson, app, print_json, say, stdout, where
+
+if TYPE_CHECKING:
+    from kullback.bench import Bench
 
 
 @app.command(rich_help_panel="What there is")
@@ -161,10 +164,19 @@ def schema(
 
 
 @app.command(rich_help_panel="What there is")
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also measure, in under a minute, how fast kullback is here.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine: versions, device, threads, extras, and that the shipped models run.
 
-    Says for each thing that is missing what to do about it. Exit status 1 when something needed is missing.
+    Says for each thing that is missing what to do about it. Exit status 1 when something needed is missing, or when a
+    measured loss is not the loss it should be.
+
+    With --bench: the fused loss against the naive one, rollouts, statistics and whole steps, each with its tokens per
+    second, and what keeps this machine from being faster.
     """
     from rich.table import Table
     from rich.text import Text
@@ -172,9 +184,7 @@ def doctor(as_json: AsJson = False) -> None:
     from kullback.doctor import examine
 
     findings = examine()
-    if as_json:
-        print_json([finding.as_dict() for finding in findings])
-    else:
+    if not as_json:
         marks: dict[str, Any] = {
             "ok": Text("ok", "green"),
             "note": Text("-", "dim"),
@@ -184,5 +194,49 @@ def doctor(as_json: AsJson = False) -> None:
         for finding in findings:
             table.add_row(marks[finding.state], Text(finding.what), Text(finding.found), Text(finding.fix))
         stdout().print(table)
-    if any(finding.state == "missing" for finding in findings):
+    failed = any(finding.state == "missing" for finding in findings)
+    rows: Any = [finding.as_dict() for finding in findings]
+    if bench and failed:
+        say("not measured: first mend what is missing", style="yellow")
+    elif bench:
+        from kullback.bench import bench as measure
+        from kullback.cli.app import quiet_libraries
+
+        quiet_libraries()
+        found = measure()
+        failed = not found.agrees
+        rows = {"findings": rows, "bench": found.as_dict()}
+        if not as_json:
+            _print_bench(found)
+    if as_json:
+        print_json(rows)
+    if failed:
         raise typer.Exit(FAILED)
+
+
+def _print_bench(found: "Bench") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("measured")
+    for title in ("seconds", "over L", "tokens / s", "MiB at its peak"):
+        table.add_column(title, justify="right")
+    for row in found.rows:
+        table.add_row(
+            Text(row.what),
+            f"{row.seconds:.3f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+        )
+    stdout().print()
+    stdout().print(table)
+    stdout().print(
+        f"Losses and statistics: {found.tokens:,} tokens, width {found.width:,}, vocabulary {found.vocab:,}, float32, "
+        "with the gradients of hidden states and head. "
+        + ("All values and gradients agree with the naive ones." if found.agrees else ""),
+        style="dim",
+    )
+    for line in found.advice:
+        stdout().print(Text(f"! {line}", "yellow"))

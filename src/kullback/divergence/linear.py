@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kullback.divergence import kernels
+from kullback.divergence import kernels, products
 from kullback.divergence.categorical import finite_rows
 from kullback.divergence.topk import Tail, TopK, check
 
@@ -30,6 +30,7 @@ MOST_ENTRIES = 2**27  # and at most: 512 MiB
 
 SKIP_WORTH = 0.1  # the share of columns from which leaving them out pays for packing the others
 SKIP_PART = 4096  # columns at a time after packing: their rows of the head are copied
+SKIP_RANK = 16  # directions of head and hidden states in which what is left out still counts
 
 # (tokens of the chunk, the model's logits there before bias and scale, whether a gradient is wanted) -> the values;
 # the gradient in these logits, times the factor, replaces them.
@@ -48,11 +49,7 @@ class Head:
 
     def product(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden @ weight.T, written into the first rows of `out`."""
-        logits = out[: len(hidden)]
-        if logits.dtype == hidden.dtype:
-            return torch.mm(hidden, self.weight.t(), out=logits)
-        # half precision: the product in its own dtype, everything after it in float32
-        return logits.copy_(torch.mm(hidden, self.weight.t()))
+        return products.logits(hidden, self.weight, out[: len(hidden)])
 
     def finish(self, logits: Tensor) -> Tensor | None:
         """Make the product the logits, in place. Returns d logits / d product up to `factor`, unless it is 1."""
@@ -96,7 +93,8 @@ def linear(
         logits = softcap * tanh(logit_scale * (hidden @ head.T + bias) / softcap)
 
     Matrix products run in the dtype of hidden states and head (autocast is respected); everything after them, and the
-    sum of the head's gradient over chunks, in float32 or wider.
+    sum of the head's gradient over chunks, in float32 or wider. Inside `torch.compile` the call is one graph break: it
+    runs as it does outside, with its own compiled kernels.
 
     Args:
         token_weight: the factor by which each value will enter the loss, default 1. The gradient of the head is built
@@ -106,10 +104,11 @@ def linear(
             such buffers are all that is held beside the gradients.
         gradient_tolerance: leave out of both gradient products the tokens of the vocabulary that matter least to a
             chunk: with G its logit gradient, so many columns that |G - G_kept| <= gradient_tolerance * |G| (Frobenius).
-            The gradients of hidden states and head are then off by at most gradient_tolerance * |G| times the largest
-            singular value of head and hidden states; values and the gradient of the bias stay exact. 0, the default,
-            leaves out nothing: a row of the head that is left out gets gradient 0 where it had a very small one, which
-            an optimiser that rescales each parameter (Adam) would have taken seriously.
+            What they add along the 16 main directions of head and hidden states is kept. The gradients of hidden states
+            and head are then off by at most gradient_tolerance * |G| times the largest singular value of what is left
+            of head and hidden states without those directions; values and the gradient of the bias stay exact. 0, the
+            default, leaves out nothing: a row of the head that is left out gets a coarser gradient of a very small
+            size, which an optimiser that rescales each parameter (Adam) takes as seriously as a large one.
         pad_vocab: heads of different sizes for one tokenizer; the extra rows of the larger are ignored.
 
     Returns:
@@ -264,6 +263,7 @@ def _blocks(logits: Tensor, size: int) -> Iterator[slice]:
         yield slice(count * i // parts, count * (i + 1) // parts)
 
 
+@torch._disable_dynamo  # Dynamo would trace the chunks one by one: the call stays one step between compiled graphs
 def _fused(
     row_loss: RowLoss,
     hidden: Tensor,
@@ -327,7 +327,7 @@ class _Job:
         values = torch.zeros(count, dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants[0] else None
         # without skipping the first chunk writes all of it
-        fresh = torch.empty_like if exact and not self.tolerance and count else torch.zeros_like
+        fresh = torch.zeros_like if self.tolerance or not count else torch.empty_like
         grad_weight = fresh(weight, dtype=dtype) if wants[1] else None
         grad_bias = torch.zeros(vocab, dtype=dtype, device=hidden.device) if wants[2] else None
         buffer = torch.empty(min(self.chunk, count), vocab, dtype=dtype, device=hidden.device)
@@ -341,16 +341,21 @@ class _Job:
                 if grad_bias is not None:
                     grad_bias += grad.sum(0) if token_weight is None else token_weight[rows].to(dtype) @ grad
                 kept = _kept_columns(grad, self.tolerance) if self.tolerance else None
-                rest = None if kept is None or grad_hidden is None else _Rest(grad, weight, len(kept))
+                rest = None if kept is None or grad_hidden is None else _Rest(grad, weight)
+                if kept is not None and grad_weight is not None:
+                    states = hidden[rows].to(dtype)
+                    states = states if token_weight is None else states * token_weight[rows].to(dtype).unsqueeze(-1)
+                    directions = _main_directions(states)
+                    left_out = (grad.t() @ (states @ directions)).index_fill_(0, kept, 0)
+                    grad_weight.addmm_(left_out, directions.t())
                 parts: Iterable[tuple[Tensor, Tensor, Tensor | None]]
                 parts = [(grad, weight, None)] if kept is None else _kept_parts(grad, weight, kept)
                 for index, (part, head_rows, at) in enumerate(parts):
                     if grad_hidden is not None:
-                        low = part.to(weight.dtype)
                         if index == 0:
-                            torch.mm(low, head_rows, out=grad_hidden[rows])
+                            products.times_head(part, head_rows, grad_hidden[rows])
                         else:
-                            grad_hidden[rows].addmm_(low, head_rows)
+                            grad_hidden[rows].addmm_(part.to(weight.dtype), head_rows)
                         if rest is not None:
                             rest.without(part, head_rows)
                     if grad_weight is None:
@@ -364,35 +369,47 @@ class _Job:
                             part *= by
                     if at is not None:
                         grad_weight.index_add_(0, at, torch.mm(part.to(hidden.dtype).t(), states).to(dtype))
-                    elif exact and start == 0 and not self.tolerance:
-                        torch.mm(part.t(), states, out=grad_weight)
-                    elif exact:
-                        grad_weight.addmm_(part.t(), states)
                     else:  # the sum over chunks stays in float32
-                        grad_weight += torch.mm(part.to(hidden.dtype).t(), states)
+                        products.add_outer(part, states, grad_weight, first=start == 0 and not self.tolerance)
                 if rest is not None and grad_hidden is not None:
                     grad_hidden[rows] += rest.product().to(grad_hidden.dtype)
         return values, grad_hidden, grad_weight, grad_bias
 
 
 class _Rest:
-    """The left-out columns in the gradient of the hidden states, as if their rows of the head were all alike.
+    """The left-out columns in the gradient of the hidden states, along the main directions of the head.
 
-    A row of the logit gradient sums to zero, so what is kept does not: without this, the part that all rows of the head
-    have in common would no longer cancel.
+    Most of what they would add lies there: a row of the logit gradient sums to zero, so what is kept does not, and
+    without this the part that all rows of the head have in common would no longer cancel.
     """
 
-    def __init__(self, grad: Tensor, weight: Tensor, kept: int) -> None:
-        self.dropped = grad.shape[1] - kept
-        self.mass = grad.sum(-1)
-        self.head = weight.sum(0, dtype=grad.dtype)
+    def __init__(self, grad: Tensor, weight: Tensor) -> None:
+        self.directions = _main_directions(weight)
+        self.along = grad @ (weight @ self.directions.to(weight.dtype)).to(grad.dtype)
 
     def without(self, part: Tensor, head_rows: Tensor) -> None:
-        self.mass -= part.sum(-1)
-        self.head -= head_rows.sum(0, dtype=self.head.dtype)
+        self.along -= part @ (head_rows @ self.directions.to(head_rows.dtype)).to(part.dtype)
 
     def product(self) -> Tensor:
-        return torch.outer(self.mass, self.head / self.dropped)
+        return self.along @ self.directions.t()
+
+
+def _main_directions(matrix: Tensor) -> Tensor:
+    """Orthonormal columns [width, SKIP_RANK], close to the leading right singular vectors of `matrix` [*, width].
+
+    One power iteration from a fixed draw (Halko, Martinsson and Tropp 2011, algorithm 4.3): as good directions as any
+    for a bound, and the closer to the leading ones the less is left out.
+    """
+    width = matrix.shape[1]
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(width, min(SKIP_RANK, width), generator=rng).to(matrix)
+    found = matrix.t() @ (matrix @ start)
+    found = (
+        matrix.t() @ (matrix @ torch.linalg.qr(found.to(torch.promote_types(torch.float32, matrix.dtype))).Q.to(matrix))
+        if len(matrix)
+        else start
+    )
+    return torch.linalg.qr(found.to(torch.promote_types(torch.float32, matrix.dtype))).Q
 
 
 def _kept_columns(grad: Tensor, tolerance: float) -> Tensor | None:

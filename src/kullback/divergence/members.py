@@ -245,6 +245,10 @@ class TotalVariation(FDivergence):
     def _curvature(self, pair: Pair) -> Tensor:
         return torch.zeros_like(pair.ratio)
 
+    def _inverse_link(self, g: Tensor) -> Tensor:
+        ends = torch.where(g > 0, -INF, INF).to(g)
+        return torch.where(g.abs() < 0.5, torch.zeros_like(g), torch.where(g.isnan(), g, ends))
+
     def _reversed(self) -> FDivergence:
         return self
 

@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from kullback.lm.cache import TopKCache
 from kullback.lm.models import check_head, check_same_tokenizer, load_model, load_tokenizer, tokenizer_fingerprint
-from kullback.lm.moment import Lazy, Moment
+from kullback.lm.moment import Moment
+from kullback.lm.parts import ATTRIBUTE, build_parts
 from kullback.lm.plan import Plan
+from kullback.lm.players import INITIAL, Lazy, initial
 from kullback.lm.settings import LoraSettings
 from kullback.run.seeds import derive
 
@@ -37,18 +41,26 @@ def assemble(plan: Plan) -> Moment:
         prompts_per_step=settings.prompts_per_step,
         rows_at_once=settings.rows_at_once,
     )
-    if plan.teacher is not None:
-        if isinstance(plan.teacher, str):
-            check_same_tokenizer(tokenizer, load_tokenizer(plan.teacher, role="target.teacher"), role="teacher")
-        at.players["teacher"] = _teacher(plan, device)
+    for name, model in plan.players.items():
+        if isinstance(model, str) and model == INITIAL:
+            at.players[name] = initial(student)
+            continue
+        if isinstance(model, str):
+            check_same_tokenizer(tokenizer, load_tokenizer(model, role=f"target.{name}"), role=name)
+        at.players[name] = Lazy(partial(_player, model, name, plan.train.dtype, device))
         cache, top_k = getattr(plan.method, "cache", None), getattr(plan.method, "top_k", None)
-        if cache is None:
-            at.model("teacher")
+        if cache is None or name != "teacher":
+            at.model(name)
         else:
-            name = plan.teacher if isinstance(plan.teacher, str) else type(plan.teacher).__name__
+            called = model if isinstance(model, str) else type(model).__name__
             at.caches[cache] = TopKCache(
-                cache, teacher=name, tokenizer=tokenizer_fingerprint(tokenizer), top_k=top_k or 0
+                cache, teacher=called, tokenizer=tokenizer_fingerprint(tokenizer), top_k=top_k or 0
             )
+    parts = plan.method.parts()
+    if parts:
+        width = student.config.get_text_config().hidden_size
+        at.parts = build_parts(parts, width, seed=settings.seed, device=device)
+        student.add_module(ATTRIBUTE, nn.ModuleDict(at.parts))
     return at
 
 
@@ -67,16 +79,14 @@ def _student(plan: Plan) -> tuple[Any, Any]:
     return plan.student, plan.tokenizer
 
 
-def _teacher(plan: Plan, device: str) -> Any:
-    def load() -> Any:
-        model = plan.teacher
-        if isinstance(model, str):
-            model = load_model(model, role="target.teacher", dtype=plan.train.dtype)
-        model = model.to(device).eval().requires_grad_(False)
-        check_head(model, role="target.teacher")
-        return model
-
-    return Lazy(load)
+def _player(model: Any, name: str, dtype: str, device: str) -> Any:
+    """A frozen model, loaded where it is only named."""
+    role = f"target.{name}"
+    if isinstance(model, str):
+        model = load_model(model, role=role, dtype=dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    check_head(model, role=role)
+    return model
 
 
 def _adapt(model: Any, lora: LoraSettings) -> Any:

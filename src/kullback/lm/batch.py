@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from kullback.lm.ledger import Ledger
 from kullback.lm.predictions import Predictions
 from kullback.lm.rollout import Rollout
 from kullback.run.terms import Mean
@@ -15,7 +16,8 @@ class Batch:
     """The whole step in `weight`, one micro-batch in `signal` (only there `model` and `targets` are filled).
 
     `batch["scored"]` is the mask of trained tokens, `batch["rows"]` the rows that have any; the other columns are the
-    scores a method asked for and what its `weight` made of them. `aggregate` is how the method averages,
+    scores a method asked for and what its `weight` made of them. `parts` are the outputs of what is trained beside the
+    student (in `signal`), `ledger` numbers by problem that outlive a step. `aggregate` is how the method averages,
     `sampling_temperature` what the writer's logits were divided by.
     """
 
@@ -23,6 +25,8 @@ class Batch:
     columns: Mapping[str, Tensor]
     predictions: Predictions | None = None
     targets: Mapping[str, Predictions] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
     aggregate: Mean = "token"
     sampling_temperature: float = 1.0
 

@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +22,7 @@ from kullback.lm.predictions import TopKPredictions
 from kullback.lm.rollout import Rollout
 
 TOKENS_PER_SHARD = 1 << 18
+SCORES_KEPT = 1 << 26  # numbers in memory: 256 MiB in float32
 PARTS = ("log_probs", "token_ids", "log_tail", "written")
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,53 @@ log = logging.getLogger(__name__)
 def row_key(prompt: list[int], completion: list[int], scored: list[int]) -> str:
     """What a row's predictions depend on: the prompt that is read, the completion, and which of its tokens count."""
     return hashlib.sha256(json.dumps([prompt, completion, scored]).encode()).hexdigest()[:32]
+
+
+class ScoreCache:
+    """Numbers per token that frozen players give to fixed text, kept in memory over the epochs of a run.
+
+    Full at `most` tokens: what is there stays, since epochs come round in a circle.
+    """
+
+    def __init__(self, most: int = SCORES_KEPT) -> None:
+        self._most, self._tokens = most, 0
+        self._rows: dict[str, dict[str, Tensor]] = {}
+        self._weights: dict[str, tuple[object, ...]] = {}
+
+    def of(self, score: str, weights: tuple[object, ...]) -> dict[str, Tensor]:
+        """A score's rows by key, read only; none if the weights that gave them are no longer these.
+
+        After a resume the weights are taken for those that gave what was restored.
+        """
+        if self._weights.setdefault(score, weights) != weights:
+            self._weights[score] = weights
+            self._tokens -= sum(len(row) for row in self._rows.pop(score, {}).values())
+        return self._rows.get(score, {})
+
+    def add(self, score: str, key: str, values: Float[Tensor, "completion"]) -> None:
+        """Keep a row, if there is room."""
+        if self._tokens + len(values) <= self._most:
+            self._rows.setdefault(score, {})[key] = values.clone()
+            self._tokens += len(values)
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint, so that a resumed run reads the very same bits."""
+        return {
+            score: {
+                "keys": list(rows),
+                "lengths": [len(row) for row in rows.values()],
+                "values": torch.cat(list(rows.values())),
+            }
+            for score, rows in self._rows.items()
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a checkpoint's state."""
+        self._rows, self._weights, self._tokens = {}, {}, 0
+        for score, found in state.items():
+            parts = found["values"].to(device).split(found["lengths"])
+            for key, values in zip(found["keys"], parts, strict=True):
+                self.add(score, key, values)
 
 
 class TopKCache:

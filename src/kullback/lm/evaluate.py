@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kullback.divergence import divergence
+from kullback.lm.batch import Batch, base_columns
 from kullback.lm.chat import end_ids, prompt_ids
 from kullback.lm.generate import generate
 from kullback.lm.models import context_length
@@ -23,11 +24,13 @@ from kullback.lm.predictions import FullPredictions
 from kullback.lm.rehearse import rehearse
 from kullback.lm.rollout import Origin, Rollout, build_rollout
 from kullback.lm.settings import EvaluateSettings
+from kullback.lm.scores import Scores
 from kullback.lm.statistics import token_statistics
 from kullback.lm.targets import read
 from kullback.lm.tasks import Problem
 from kullback.run.progress import ProgressBar
 from kullback.run.seeds import generator
+from kullback.run.terms import multipliers
 
 Metric = dict[str, float | None]
 TO_TEACHER = ("forward_kl", "reverse_kl", "jsd")
@@ -218,7 +221,7 @@ def token_samples(evaluation: Evaluation, at: Moment, step: int) -> list[dict[st
     """A completion of the student for each of the first `shown` problems, token by token, as samples.jsonl keeps it.
 
     "divergence" is the method's own where it has one, forward KL otherwise, and "divergence_name" says which; it is
-    there only with a teacher. "route" names the terms of the objective that train the student's tokens.
+    there only with a teacher. "route" names the terms of the objective that would train the token.
     """
     problems = evaluation.shown_problems
     if not problems:
@@ -226,8 +229,8 @@ def token_samples(evaluation: Evaluation, at: Moment, step: int) -> list[dict[st
     texts = evaluation.write(at, "student", problems, 1)
     name = str(getattr(at.method, "divergence", None) or "forward_kl")
     target = "teacher" if "teacher" in at.players else None
-    route = " + ".join(term.name for term in rehearse(at.method))
     rewards = _verify(at, texts)
+    routes = _routes(evaluation, at, texts, rewards)
     shown = []
     for row, problem in enumerate(problems):  # one by one: a few rows, and each keeps its likeliest tokens
         one = Texts([problem], 1, [texts.completions[row]], [texts.finished[row]])
@@ -237,7 +240,9 @@ def token_samples(evaluation: Evaluation, at: Moment, step: int) -> list[dict[st
         numbers = token_statistics(model, theirs, divergences=(name,))
         tokens: list[dict[str, Any]] = [
             {"text": at.tokenizer.decode([token]), "entropy": entropy, "weight": 1.0, "scored": True, "route": route}
-            for token, entropy in zip(texts.completions[row], _short(numbers["entropy"]), strict=True)
+            for token, entropy, route in zip(
+                texts.completions[row], _short(numbers["entropy"]), routes[row], strict=True
+            )
         ]
         for seen, column in ((model, "student_top"), (theirs, "teacher_top")):
             for token, top in zip(tokens, _likeliest(at, seen) if seen is not None else [], strict=False):
@@ -256,6 +261,46 @@ def token_samples(evaluation: Evaluation, at: Moment, step: int) -> list[dict[st
                 token["divergence"] = value
         shown.append({**sample, "tokens": tokens})
     return shown
+
+
+def _routes(evaluation: Evaluation, at: Moment, texts: Texts, rewards: list[dict[str, float]]) -> list[list[str]]:
+    """For each token of each text the terms that would train it now.
+
+    Where readers mark tokens, they read these texts, and a term trains a token to which its weights give a share.
+    Otherwise all terms train all tokens.
+    """
+    terms = rehearse(at.method)
+    every = " + ".join(term.name for term in terms)
+    if not at.method.readers():
+        return [[every] * len(completion) for completion in texts.completions]
+    rollout = build_rollout(
+        [evaluation.prompt(at, "student", problem) for problem in texts.problems],
+        texts.completions,
+        [[int(Origin.STUDENT)] * len(completion) for completion in texts.completions],
+        rewards=[
+            {"finished": float(finished), **found}
+            for found, finished in zip(rewards, texts.finished, strict=True)
+        ],
+        notes=[
+            {"problem_id": problem.id, "messages": problem.messages, "source": "student"} for problem in texts.problems
+        ],
+    )
+    for reader in at.method.readers():
+        rollout = reader.read(rollout, at)
+    rollout = rollout.to(next(at.model("student").parameters()).device)
+    columns = base_columns(rollout)
+    measured = Scores(at, lambda seen: {}).measure(at.method.scores, rollout, at.method.targets())
+    step = Batch(rollout, columns | measured, aggregate=at.method.aggregate)
+    columns = dict(step.columns) | at.method.weight(step)
+    names: list[list[list[str]]] = [[[] for _ in completion] for completion in texts.completions]
+    for term in terms:
+        weights = multipliers(columns, term.over, term.mean, term.weight)[0]
+        weights = weights if weights.dim() == 2 else weights[:, None].expand_as(rollout.completions)
+        for row, row_names in enumerate(names):
+            for t, here in enumerate(row_names):
+                if float(weights[row, t]) != 0:
+                    here.append(term.name)
+    return [[" + ".join(here) or "none" for here in row] for row in names]
 
 
 def pass_at(correct: int, samples: int, j: int) -> float:

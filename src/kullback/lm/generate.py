@@ -1,4 +1,4 @@
-"""Sampling with transformers: one prefill per prompt, finished rows leave the batch, every draw reproducible.
+"""Sampling with transformers: one prefill per prompt, finished rows make way for new ones, every draw reproducible.
 
 A token is the inverse of its distribution function at a uniform number that belongs to the row, so what a row says does
 not depend on which rows it is sampled with, in which order, or when the others finish.
@@ -11,7 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-DROP_SHARE = 0.125  # copying the cache costs about a decoding step, so it waits until this share of rows is done
+from kullback.lm.decode import Decoding
+
+REFILL_SHARE = 0.25  # new rows are read when this share of the places is free: a prefill costs more than a step
+BLOCK = 512  # tokens whose probability is summed before any of them is looked at
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,35 @@ class Written:
 def pick(
     logits: Float[Tensor, "row vocab"], uniform: Float[Tensor, "row"], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Tokens at the quantiles `uniform` in [0, 1), and their log-probabilities; temperature 0 takes the likeliest."""
+    """Tokens at the quantiles `uniform` in [0, 1), and their log-probabilities; temperature 0 takes the likeliest.
+
+    NaN logits give a NaN log-probability.
+    """
     logits = logits.float()
     if temperature == 0:
-        token = logits.argmax(-1)
-        return token, torch.zeros_like(token, dtype=torch.float32)
-    log_p = (logits / temperature).log_softmax(-1)
-    cumulative = log_p.double().exp().cumsum(-1)
-    threshold = uniform.to(cumulative) * cumulative[:, -1]
-    token = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        highest, token = logits.max(-1)
+        return token, torch.zeros_like(highest).masked_fill(highest.isnan(), torch.nan)
+    log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    rows, vocab = log_p.shape
+    size = min(BLOCK, vocab)
+    p = log_p.new_zeros(rows, -(-vocab // size), size)
+    p.flatten(1)[:, :vocab] = log_p.exp()
+    # two levels: one running sum over a large vocabulary in float64 takes longer than the softmax
+    blocks = p.sum(-1, dtype=torch.float64).cumsum(-1)
+    block, target = _first_above(blocks, uniform.to(blocks) * blocks[:, -1])
+    before = torch.nn.functional.pad(blocks, (1, 0)).gather(1, block[:, None])[:, 0]
+    inside, _ = _first_above(p[torch.arange(rows, device=p.device), block].double().cumsum(-1), target - before)
+    token = block * size + inside
     return token, log_p.gather(-1, token[:, None])[:, 0]
+
+
+def _first_above(
+    cumulative: Float[Tensor, "row n"], target: Float[Tensor, "row"]
+) -> tuple[Int[Tensor, "row"], Float[Tensor, "row"]]:
+    """Where `cumulative` first exceeds the target, which rounding must not have taken to its end or beyond it."""
+    target = torch.minimum(target, cumulative[:, -1] * (1 - 2**-52))
+    place = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return place.clamp(max=cumulative.shape[1] - 1), target  # NaN has no place
 
 
 @torch.no_grad()
@@ -57,89 +79,56 @@ def generate(
     Args:
         uniforms: in [0, 1), one per token; row `i * samples + j` is sample j of prompt i.
         temperature: divides the logits; 0 is greedy.
-        rows_at_once: how many rows share a cache; prompts of like length go together.
+        rows_at_once: how many rows share a cache at most; prompts of like length go together.
 
     Raises:
         ValueError: the model's logits are NaN.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_call = max(rows_at_once // samples, 1)
-    completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    log_probs: list[list[float]] = [[] for _ in completions]
-    finished = [False] * len(completions)
+    limit = uniforms.shape[1]
+    waiting = sorted(
+        range(len(prompts) * samples), key=lambda row: (len(prompts[row // samples]), prompts[row // samples])
+    )
+    if not waiting or not limit:
+        return Written([[] for _ in waiting], [[] for _ in waiting], [False for _ in waiting])
+    places = min(rows_at_once, len(waiting))
+    batch = Decoding(model, places, max(map(len, prompts)), limit)
+    device = batch.device
+    uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
+    tokens = torch.full(uniforms.shape, -1, device=device)
+    scores = torch.zeros(uniforms.shape, device=device)
+    here = torch.zeros(0, dtype=torch.long, device=device)  # which row each line of the batch belongs to
+    at = here  # the place of its next token
+    logits: Tensor | None = None
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), per_call):
-            some = order[start : start + per_call]
-            rows = [i * samples + j for i in some for j in range(samples)]
-            tokens, scores, ended = _decode(
-                model,
-                [prompts[i] for i in some],
-                uniforms[rows],
-                end_ids=end_ids,
-                samples=samples,
-                temperature=temperature,
-            )
-            for row, line, line_scores, done in zip(
-                rows, tokens.tolist(), scores.tolist(), ended.tolist(), strict=True
-            ):
-                length = line.index(-1) if -1 in line else len(line)
-                completions[row], log_probs[row], finished[row] = line[:length], line_scores[:length], done
+        while waiting or len(here):
+            free = min(batch.room, len(waiting))
+            if free and (free == len(waiting) or free >= REFILL_SHARE * places):
+                new, waiting = waiting[:free], waiting[free:]
+                first = batch.join([prompts[row // samples] for row in new])
+                logits = first if logits is None else torch.cat([logits, first])
+                here, at = torch.cat([here, torch.tensor(new, device=device)]), torch.cat([at, at.new_zeros(free)])
+            assert logits is not None
+            token, score = pick(logits, uniforms[here, at], temperature)
+            tokens[here, at], scores[here, at] = token, score
+            at = at + 1
+            alive = ~torch.isin(token, ends) & (at < limit)
+            count, damaged = torch.stack([alive.sum(), score.isnan().sum()]).tolist()  # the only wait for the device
+            if damaged:
+                raise ValueError(
+                    "the model's logits are NaN while sampling: its weights are damaged, or the run has diverged"
+                )
+            if count < len(here):
+                order = batch.keep(alive, count, len(waiting))
+                here, at, token = here[order], at[order], token[order]
+            logits = batch.step(token) if count else None
     finally:
         model.train(was_training)
-    return Written(completions, log_probs, finished)
-
-
-def _decode(
-    model: Any,
-    prompts: list[list[int]],
-    uniforms: Float[Tensor, "row completion"],
-    *,
-    end_ids: list[int],
-    samples: int,
-    temperature: float,
-) -> tuple[Int[Tensor, "row completion"], Float[Tensor, "row completion"], Tensor]:
-    device = next(model.parameters()).device
-    width, (rows, limit) = max(map(len, prompts)), uniforms.shape
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # padding on the left, so that every row goes on at the same column
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    position = (mask.cumsum(1) - 1).clamp(min=0).to(device)
-    ids, mask = ids.to(device), mask.to(device)
-
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1]
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-    position = mask.sum(1, keepdim=True)
-    uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
-
-    tokens = torch.full((rows, limit), -1, device=device)
-    scores = torch.zeros(rows, limit, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    here = torch.arange(rows, device=device)  # which row each line of the cache belongs to
-    for t in range(limit):
-        if logits.isnan().any():
-            raise ValueError(
-                "the model's logits are NaN while sampling: its weights are damaged, or the run has diverged"
-            )
-        token, score = pick(logits, uniforms[here, t], temperature)
-        open_rows = ~ended[here]
-        tokens[here[open_rows], t], scores[here[open_rows], t] = token[open_rows], score[open_rows]
-        ended[here] |= torch.isin(token, ends)
-        alive = ~ended[here]
-        if t == limit - 1 or not alive.any():
-            break
-        if float(alive.float().mean()) <= 1 - DROP_SHARE:
-            keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            here, mask, position, token = here[keep], mask[keep], position[keep], token[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        logits, position = out.logits[:, -1], position + 1
-    return tokens, scores, ended
+    written = (tokens >= 0).sum(1).tolist()
+    completions = [line[:n] for line, n in zip(tokens.tolist(), written, strict=True)]
+    return Written(
+        completions,
+        [line[:n] for line, n in zip(scores.tolist(), written, strict=True)],
+        [line[-1] in end_ids for line in completions],
+    )

@@ -21,7 +21,6 @@ from kullback.lm.engine import Engine
 from kullback.lm.plan import Plan, check
 from kullback.lm.predictions import FullPredictions, Predictions, TopKPredictions
 from kullback.lm.rollout import Origin
-from kullback.lm.targets import read
 from kullback.run.terms import MEANS, Term, multipliers
 
 TOP = 3
@@ -42,18 +41,19 @@ def inspect(plan: Plan, rows: int = 2) -> RenderableType:
     engine = Engine(
         plan.method, at, micro_batches=plan.train.micro_batches, controllers=plan.schedule, side=plan.train.padding
     )
-    student = at.model("student").eval()
+    at.model("student").eval()
     with torch.no_grad():
+        engine.begin()
         micro_batches = engine.prepare(0)
         step = engine.step_batch
         assert step is not None
         total = sum(float(engine.loss(micro)) for micro in micro_batches)
         count = len(step.rollout)
         shown = sorted({i * count // rows for i in range(rows)})
-        batch = step.rows(shown)
-        model = read(student, batch.rollout, side=engine.side, pad_id=at.tokenizer.pad_token_id or 0)
-        targets = {name: target.predict(batch.rollout, at) for name, target in engine.targets.items()}
-        batch = replace(batch, predictions=model, targets=targets)
+        if plan.method.together != "row":  # a row's loss needs the rows it is coupled with
+            groups = step.rollout.group
+            shown = torch.isin(groups, groups[shown]).nonzero()[:, 0].tolist()
+        batch = engine.read(step.rows(shown))
         terms = [replace(term, mean=term.mean or batch.aggregate) for term in at.method.signal(batch)]
         return Group(
             Text(words + "\n"),
@@ -76,8 +76,11 @@ def _rows(engine: Engine, batch: Batch, terms: list[Term], names: list[str]) -> 
     """For each row its grades and prompt, then a table with a line per token."""
     rollout, decode, scored = batch.rollout, engine.at.tokenizer.decode, batch["scored"]
     numbers, costs = _numbers(engine, batch, terms)
-    tops = {f"{who}'s top {TOP}": top for who, seen in batch.targets.items() if (top := _top(seen)) is not None}
-    place = scored.flatten().long().cumsum(0).view_as(scored) - 1  # in the order of the scored positions
+    tops = {
+        f"{who}'s top {TOP}": (top, seen.scored, seen.scored.flatten().long().cumsum(0).view_as(scored) - 1)
+        for who, seen in batch.targets.items()
+        if (top := _top(seen)) is not None
+    }
     parts: list[RenderableType] = []
     for row, name in enumerate(names):
         note, prompt = rollout.notes[row], rollout.prompts[row]
@@ -95,7 +98,7 @@ def _rows(engine: Engine, batch: Batch, terms: list[Term], names: list[str]) -> 
             values.append(
                 [f"{float(seen[row, t]) + 0.0:.3g}" if mask[row, t] else "" for seen, mask in numbers.values()]
             )
-            tops_here = [top[int(place[row, t])] if here else [] for top in tops.values()]
+            tops_here = [top[int(place[row, t])] if read[row, t] else [] for top, read, place in tops.values()]
             likeliest.append(["  ".join(f"{decode([other])!r} {p:.2f}" for other, p in top) for top in tops_here])
         parts.append(_RowTable(list(numbers), facts, values, list(tops), likeliest))
     return parts
@@ -141,7 +144,7 @@ def _numbers(
     scored = batch["scored"]
     found = {name: (values.float(), scored) for name, values in _columns(batch, 2).items()}
     found["student log p"] = (batch.model.log_probs(), scored)
-    found |= {f"{who} log p": (seen.log_probs(), scored) for who, seen in batch.targets.items()}
+    found |= {f"{who} log p": (seen.log_probs(), seen.scored) for who, seen in batch.targets.items()}
     costs, any_mask = torch.zeros(scored.shape, device=scored.device), torch.zeros_like(scored)
     for term in terms:
         weights, mask = multipliers(batch.columns, term.over, term.mean, term.weight)

@@ -72,12 +72,12 @@ def lay_out(
             tokens=tokens,
             scored=scored,
         )
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, where], mask[i, where], positions[i, where] = torch.tensor(row), 1, torch.arange(len(row))
-    if side == "left":
-        column = column + (width - widths).to(device)[row_index]
-    return Layout(ids.to(device), mask.to(device), positions.to(device), (row_index, column), tokens, scored)
+    padding = [[pad_id] * (width - len(row)) for row in rows]
+    left = side == "left"
+    ids = torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)])
+    missing = width - widths if left else torch.zeros_like(widths)
+    positions = torch.arange(width) - missing[:, None]
+    real = (positions >= 0) & (positions < widths[:, None])
+    column = column + missing.to(device)[row_index]
+    positions = torch.where(real, positions, 0).to(device)
+    return Layout(ids.to(device), real.long().to(device), positions, (row_index, column), tokens, scored)

@@ -1,8 +1,9 @@
 """A method is five answers: whose text, match what, which divergence, how much a token counts, what changes over time.
 
 A method is a frozen dataclass. Every field belongs to one of the five questions, under which a recipe names it; the
-methods below return the parts that the one trainer runs. `ENGINE` order: controllers write into the fields, `source`
-draws, the scores of `scores` are measured, `weight` makes detached columns, `signal` makes the terms.
+methods below return the parts that the one trainer runs. The order of a step: controllers write into the fields,
+`source` draws, `readers` add notes, `scores` are measured, `weight` makes detached columns, `signal` makes the terms,
+the optimiser steps, `after` copies weights.
 """
 
 import dataclasses
@@ -22,10 +23,15 @@ from kullback.run.terms import Mean, Term
 
 if TYPE_CHECKING:
     from kullback.lm.batch import Batch
+    from kullback.lm.moment import Moment
+    from kullback.lm.parts import Part
+    from kullback.lm.players import Copy
+    from kullback.lm.readers import Reader
     from kullback.lm.sources import Source
     from kullback.lm.targets import Target
 
 Question = Literal["source", "target", "signal", "weight", "schedule"]
+Together = Literal["row", "group", "step"]
 QUESTIONS: tuple[Question, ...] = ("source", "target", "signal", "weight", "schedule")
 
 
@@ -65,6 +71,33 @@ class Method:
         """Optimiser steps over one draw."""
         return 1
 
+    @property
+    def together(self) -> Together:
+        """What stays in one micro-batch: a live value of `signal` may couple the rows of a group, or the whole step."""
+        return "row"
+
+    def players(self) -> dict[str, Any]:
+        """Models beside the student, by name: a path, a hub name, a loaded model, or `INITIAL`; None leaves it out.
+
+        They are frozen; only `after` changes them.
+        """
+        return {}
+
+    def parts(self) -> "dict[str, Part]":
+        """What is trained beside the student, such as a value head."""
+        return {}
+
+    def begin(self, at: "Moment") -> None:
+        """Once before the first step, never on resume: what is collected beforehand goes into `at.store`."""
+
+    def readers(self) -> "list[Reader]":
+        """What reads the rows between writing and scoring, and adds notes to them."""
+        return []
+
+    def after(self, step: int) -> "list[Copy]":
+        """Weights that are copied from one player to another once `step` optimiser steps are done."""
+        return []
+
     def source(self) -> "Source":
         raise NotImplementedError(f"{type(self).__name__} does not say whose text it trains on: define source()")
 
@@ -96,6 +129,9 @@ class Distillation(Method):
     teacher_system: str | None = answer("target", None)
     top_k: int | None = answer("target", None)
     cache: str | None = answer("target", None)
+
+    def players(self) -> dict[str, Any]:
+        return {"teacher": self.teacher}
 
     def targets(self) -> dict[str, "Target"]:
         from kullback.lm import targets

@@ -146,9 +146,55 @@ def head_of(model: Any) -> Head:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    if type(module) is nn.Linear:
-        return Head(module.weight, module.bias, scale, softcap)
+    if _is_linear(module):
+        return Head(_whole(module, "weight"), _whole(module, "bias"), scale, softcap)
     return Head(None, None, scale, softcap, module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer and nothing on top of it. FSDP2 gives a module that it shards a class of its own."""
+    kind = type(module)
+    if kind is nn.Linear or nn.Linear not in kind.__bases__:
+        return kind is nn.Linear
+    from torch.distributed.fsdp import FSDPModule
+
+    return set(kind.__bases__) == {FSDPModule, nn.Linear}
+
+
+def _whole(head: nn.Module, name: str) -> Tensor | None:
+    """A parameter with all its rows: where FSDP2 keeps it in shards it is gathered here, once for all that use it.
+
+    Its gradient is scattered back as a mean over processes, which is what FSDP makes of every other gradient.
+
+    Raises:
+        ValueError: it is sharded in a way that it cannot be gathered with its gradient.
+    """
+    parameter = getattr(head, name)
+    if parameter is None:
+        return None
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 (zero_optimization.stage=3) shards the head, which the loss needs whole: use "
+            "zero_optimization.stage=2, or FSDP with fsdp_version=2"
+        )
+    if name not in head._parameters or parameter.dim() != (2 if name == "weight" else 1):
+        raise ValueError(
+            "fsdp_version=1 keeps the head in a flat buffer, from which the loss cannot take it with its gradient: set "
+            "fsdp_version=2"
+        )
+    if type(parameter) in (nn.Parameter, Tensor):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    if "tp" in (mesh.mesh_dim_names or ()):
+        raise ValueError("tensor parallelism splits the head, which the loss needs whole: use tp_size=1, and FSDP")
+    full: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 @contextmanager
@@ -161,7 +207,7 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
 
     def keep(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept.append(hidden)
-        return hidden[..., :0]
+        return hidden[..., :0].clone()  # not a view: FSDP warns of those
 
     before = module.__dict__.get("forward")  # accelerate and compilers may have put one on the instance
     module.forward = keep
@@ -181,12 +227,18 @@ def hidden_states(model: Any, layout: Layout, *, wrapped: Any = None) -> Float[T
         wrapped: the same model inside DDP or FSDP, which is then the one that is called.
     """
     with _captured(model.get_output_embeddings()) as kept:
-        (wrapped if wrapped is not None else model)(**layout.inputs, use_cache=False)
+        out = (wrapped if wrapped is not None else model)(**layout.inputs, use_cache=False)
     if len(kept) != 1:
         raise ValueError(
             f"{type(model).__name__} calls its output layer {len(kept)} times in a forward pass; once is supported"
         )
-    return kept[0][layout.at]
+    # plus an empty sum: the gradient then passes the model's output, where FSDP hears that the backward pass begins
+    return kept[0][layout.at] + out.logits.sum().to(kept[0].dtype)
+
+
+def in_shards(model: Any) -> bool:
+    """Whether FSDP2 has the model's weights, so that every process must call it equally often."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from kullback.divergence import FDivergence, divergence
 from kullback.lm.method import Method
 from kullback.lm.models import check_loadable
+from kullback.lm.players import INITIAL
 from kullback.lm.rehearse import objective, rehearse
 from kullback.lm.settings import EvaluateSettings, TrainSettings, describe
 from kullback.lm.tasks import Task
@@ -40,8 +41,9 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def teacher(self) -> Any:
-        return getattr(self.method, "teacher", None)
+    def players(self) -> dict[str, Any]:
+        """The models beside the student, those that are left out left out."""
+        return {name: model for name, model in self.method.players().items() if model is not None}
 
 
 def check(plan: Plan) -> str:
@@ -51,8 +53,9 @@ def check(plan: Plan) -> str:
         ValueError: the first thing that is wrong, in a sentence.
     """
     terms = rehearse(plan.method, plan.schedule)
-    for name, role in ((plan.student, "student"), (plan.teacher, "target.teacher")):
-        if isinstance(name, str):
+    named = {"student": plan.student} | {f"target.{name}": model for name, model in plan.players.items()}
+    for role, name in named.items():
+        if isinstance(name, str) and name != INITIAL:
             check_loadable(name, role=role)
     if not len(plan.task.train):
         raise ValueError(f"task={plan.task.name!r} has no training problems")

@@ -7,10 +7,11 @@ import torch
 
 from kullback.divergence import divergence
 from kullback.lm.batch import Batch, base_columns
+from kullback.lm.engine import with_fields
 from kullback.lm.method import Method
 from kullback.lm.predictions import LogitPredictions
 from kullback.lm.rollout import Origin, Rollout, build_rollout
-from kullback.run.controllers import Controller
+from kullback.run.controllers import Controller, Ramp
 from kullback.run.terms import MEANS, Mean, Term, denominator, numerator
 
 ROWS, TOKENS, VOCAB = 4, 8, 11
@@ -25,8 +26,25 @@ def rehearse(method: Method, controllers: tuple[Controller, ...] = ()) -> list[T
     if method.aggregate not in get_args(Mean) or method.aggregate == "weight":
         raise ValueError(f"weight.aggregate={method.aggregate!r} is not known: write token, row or row_sum")
     _check_fields(method, controllers)
+    for end in _ends(method, controllers):
+        _terms(end, may_idle=True)  # a ramp from 0 trains nothing at first
+    return _terms(method)
+
+
+def _ends(method: Method, controllers: tuple[Controller, ...]) -> list[Method]:
+    """The method with the fields that its controllers write first, and that its ramps write last."""
+    every = [*method.schedule(), *controllers]
+    first = {name: value for controller in every for name, value in controller.start()[1].items()}
+    last = {name: ramp.last for ramp in every if isinstance(ramp, Ramp) for name in ramp.writes}
+    return [with_fields(method, values) for values in (first, first | last) if values]
+
+
+def _terms(method: Method, may_idle: bool = False) -> list[Term]:
+    """The terms on the made-up step, checked."""
     draw = torch.Generator().manual_seed(0)
-    rollout = _made_up_rows(method, draw)
+    rollout = method.source().rehearse(_made_up_rows(method, draw))
+    for reader in method.readers():
+        rollout = reader.rehearse(rollout)
     step = Batch(
         rollout, base_columns(rollout), aggregate=method.aggregate, sampling_temperature=method.sampling_temperature
     )
@@ -42,7 +60,9 @@ def rehearse(method: Method, controllers: tuple[Controller, ...] = ()) -> list[T
     targets = {
         name: target.rehearse(LogitPredictions(scored, tokens, other)) for name, target in method.targets().items()
     }
-    terms = method.signal(replace(step, predictions=LogitPredictions(scored, tokens, logits), targets=targets))
+    predictions = LogitPredictions(scored, tokens, logits)
+    parts = {name: predictions.grid(logits[:, 0]) for name in method.parts()}
+    terms = method.signal(replace(step, predictions=predictions, targets=targets, parts=parts))
     if not terms:
         raise ValueError(f"{type(method).__name__}.signal returns no term: there is nothing to minimise")
     loss = torch.zeros(())
@@ -61,7 +81,7 @@ def rehearse(method: Method, controllers: tuple[Controller, ...] = ()) -> list[T
         raise ValueError(
             f"the objective's gradient is not finite on random predictions: {'; '.join(term.says for term in terms)}"
         )
-    if float(gradient.abs().max()) == 0.0:
+    if float(gradient.abs().max()) == 0.0 and not may_idle:
         raise ValueError(
             "the objective's gradient is zero: with these settings nothing would be trained; raise a coefficient"
         )
@@ -122,13 +142,13 @@ def _made_up_rows(method: Method, draw: torch.Generator) -> Rollout:
         log_probs=[[-1.0] * length for length in lengths],
         group=[0, 0, 1, 1],
         rewards=[{"accuracy": float(i % 2)} for i in range(ROWS)],
-        notes=[{"problem_id": str(i), "messages": [], "source": "made up"} for i in range(ROWS)],
+        notes=[{"problem_id": str(i // 2), "messages": [], "source": "made up"} for i in range(ROWS)],
     )
 
 
 def _made_up_score(score: str, rollout: Rollout, draw: torch.Generator) -> torch.Tensor:
     kind, _, names = score.partition(":")
-    if kind not in ("log_prob", "entropy"):
+    if kind not in ("log_prob", "entropy", "value"):
         divergence(kind)
         if names.count(",") != 1:
             raise ValueError(

@@ -11,11 +11,13 @@ from kullback.lm import memory
 from kullback.lm.assemble import assemble, default_device
 from kullback.lm.engine import Engine
 from kullback.lm.evaluate import Evaluation, grade, probe, token_samples
-from kullback.lm.moment import Lazy, Moment
+from kullback.lm.moment import Moment
+from kullback.lm.parts import ATTRIBUTE
 from kullback.lm.plan import Plan, check
+from kullback.lm.players import Lazy
 from kullback.lm.trainer import Keeper, Trainer, load_state, stop_between_steps
 from kullback.run.directory import RunDirectory
-from kullback.run.processes import from_main, is_main, wait_for_all
+from kullback.run.processes import from_all, from_main, is_main, wait_for_all
 from kullback.run.progress import ProgressBar
 
 
@@ -79,10 +81,21 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
         graded |= grade_anchors(evaluation, at)
         directory.write_evaluation(graded)
 
+    if is_main() and plan.evaluate.problems and plan.method.readers() and not directory.samples():
+        directory.append_samples(token_samples(evaluation, at, step=0))  # routes may fade: as they are at the start
     finished = _train(plan, at, directory, checkpoint, evaluation, arguments)
     if is_main():
+        if at.parts:
+            delattr(student, ATTRIBUTE)  # the model is a plain one again; the parts are in the checkpoints
         student.save_pretrained(directory.model)
         at.tokenizer.save_pretrained(directory.model)
+    failed = from_all((at.task.errors, at.task.last_error))
+    if count := sum(errors for errors, _ in failed):
+        last = next(error for errors, error in failed if errors)
+        console.print(
+            f"the verifier failed on {count} samples, which count as unknown, not as wrong; the last: {last}",
+            markup=False,
+        )
     if not finished:
         raise KeyboardInterrupt(f"stopped; a checkpoint is in {directory.checkpoints}; resume goes on from it")
     if is_main():
@@ -167,6 +180,8 @@ def _train(
     if checkpoint is not None:
         engine.restore(load_state(checkpoint))
         start = RunDirectory.checkpoint_step(checkpoint)
+    else:
+        engine.begin()
     if is_main():
         directory.truncate_after(
             start

@@ -5,6 +5,9 @@ With l = log target - log model, f the value and g the link of a divergence (ENG
     pathwise   differentiate D over the vocabulary at each prefix; right on anyone's text
     link       detached (baseline - g) times log model: a reward of -g; right on text the student wrote
     squared    a surrogate s(l) with ds / d log model = g - g(0); right on text the student wrote
+    ratio      f(l) times the live ratio of the model to the policy that wrote; right on text the student wrote
+
+From the second pass over a draw the text is an older student's; the sampled routes are then weighted by the ratio.
 """
 
 import re
@@ -16,13 +19,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kullback.divergence import FDivergence, divergence
+from kullback.lm.advantages import MAX_LOG_RATIO, Level
 from kullback.lm.batch import Batch
 from kullback.lm.predictions import FullPredictions, HiddenPredictions, Predictions, TopKPredictions, over_vocabulary
 from kullback.lm.rollout import Origin
 from kullback.run.terms import Mean, Term, multipliers
 
-Route = Literal["pathwise", "link", "squared"]
+Route = Literal["pathwise", "link", "squared", "ratio"]
 Tail = Literal["bucket", "drop", "renormalise"]
+
+LOSS, REWARD = "route=squared (form=loss)", "route=link (form=reward)"
+ESTIMATORS = {  # an estimate of a value, used as a loss or as a reward: its expected gradient, and what to write
+    "k1_loss": f"the expected gradient of k1 as a loss is zero: write {LOSS} with divergence=reverse_kl",
+    "k2_loss": f"k2 as a loss is right for reverse KL: write {LOSS} with divergence=reverse_kl, which is the same",
+    "k3_loss": "the expected gradient of k3 as a loss is that of forward KL, KL(reference || model), not of the "
+    f"reverse KL it estimates: write {LOSS} with divergence=forward_kl for the same numbers, or with reverse_kl for "
+    "what was meant (route=ratio, form=ratio, if k3 is multiplied by the live ratio)",
+    "k1_reward": f"k1 as a reward is right for reverse KL: write {REWARD} with divergence=reverse_kl, the same thing",
+    "k2_reward": f"k2 as a reward has the gradient of no divergence: write {REWARD} with the divergence you mean",
+    "k3_reward": "k3 as a reward has the gradient of reverse KL minus that of forward KL: "
+    f"write {REWARD} with divergence=reverse_kl",
+    "value_loss": "the value as a loss has another expected gradient than the divergence (zero for k1, reversed for "
+    f"the plain Hellinger): write {LOSS} or {REWARD}",
+    "value_reward": "minus the value as a reward has another expected gradient than the divergence, reversed for most: "
+    f"write {REWARD}, whose reward is minus the link",
+}
 
 
 def match(
@@ -35,6 +56,8 @@ def match(
     tail: Tail = "bucket",
     baseline: Literal["exact", "none"] | int = "exact",
     clip: tuple[float, float] | None = None,
+    corrected: bool = True,
+    clip_terms: float | None = None,
     name: str | None = None,
     weight: str | None = None,
     over: str = "scored",
@@ -52,12 +75,16 @@ def match(
         baseline: of the link route. "exact" subtracts E_model[-g] over the vocabulary, a number k its estimate from the
             student's k likeliest tokens, "none" nothing; all have the same expectation (card 05).
         clip: of the link route: PPO's limits on the ratio to the policy that wrote, below and above 1.
+        corrected: weigh the squared route by the (detached) ratio to the policy that wrote, where "log_prob:student" is
+            scored; without it the gradient is right in the first pass over a draw only.
+        clip_terms: no entry of the sum over the vocabulary counts more than this many nats (`clipped_sum`).
         name, weight, over, mean, coefficient: of the term.
 
     Raises:
         ValueError: the route has no right gradient on this text, or the target's kind does not serve it.
     """
     D = divergence(which)
+    refuse_estimator(route, "signal.route")
     wanted = batch.targets.get(target)
     if wanted is None:
         raise ValueError(f"target={target!r} is not one of this method's: {', '.join(batch.targets) or 'it has none'}")
@@ -67,12 +94,23 @@ def match(
     term = Term(name or f"match/{target}", torch.empty(0), weight, over, mean, coefficient)
     words = f"{D} = {_equation(D, target)}, {_scale(D)}"
     if route == "pathwise":
-        weights = multipliers(batch.columns, over, mean, weight)[0][mask]
-        value = pathwise(D, wanted, model, temperature=temperature, tail=tail, token_weight=weights)
+        weights = multipliers(batch.columns, over, mean, weight)[0]
+        mask = wanted.scored & (weights != 0)  # what is not known or counts nothing costs nothing
+        model, wanted, weights = model.where(mask), wanted.where(mask), weights[mask]
+        if clip_terms is not None:
+            value, cut = clipped_sum(D, wanted, model, clip_terms, temperature=temperature)
+            term = replace(term, seen={"clipped": model.grid(cut)}, seen_over=weight)
+            words += f", each term of its plain sum at most {clip_terms:g} nats"
+        else:
+            value = pathwise(D, wanted, model, temperature=temperature, tail=tail, token_weight=weights)
         support = f"top-{wanted.top_k.k} + {tail}" if isinstance(wanted, TopKPredictions) else "full vocabulary"
         says = f"{words}, T = {temperature:g}; value: exact, {support}; gradient: pathwise, at fixed prefixes"
         return replace(term, value=model.grid(value), says=says)
 
+    if clip_terms is not None:
+        raise ValueError(
+            f"signal.clip_terms={clip_terms:g} cuts a sum over the vocabulary, which route={route!r} does not take"
+        )
     _need_own_text(batch, mask, route)
     if batch.sampling_temperature != 1.0:
         raise ValueError(
@@ -87,10 +125,20 @@ def match(
         )
     model_log_prob, target_log_prob = model.token_log_probs(), wanted.token_log_probs()
     shown = model.grid(D.sampled(target_log_prob, model_log_prob.detach(), drawn_from="model"))
+    if route == "ratio":
+        ratio = _log_ratio(model.grid(model_log_prob).detach(), batch, mask).exp()
+        pull = model.grid(
+            D.link(target_log_prob - model_log_prob.detach()) * (model_log_prob - model_log_prob.detach())
+        )
+        says = f"{words}; value and gradient: f at the sampled tokens times the live ratio, unbiased"
+        return replace(term, value=ratio * (shown + pull), says=says)  # d (ratio f) = ratio (f - u f') d log model
     if route == "squared":
-        value = D.surrogate(target_log_prob, model_log_prob, route="squared", drawn_from="model")
+        value = model.grid(D.surrogate(target_log_prob, model_log_prob, route="squared", drawn_from="model"))
+        if corrected and "log_prob:student" in batch.columns:
+            ratio = _log_ratio(model.grid(model_log_prob).detach(), batch, mask).exp()
+            value, shown = value * ratio, shown * ratio
         says = f"{words}; value: f at the sampled tokens, unbiased; gradient: squared, through the sampled tokens"
-        return replace(term, value=model.grid(value), shown=shown, says=says)
+        return replace(term, value=value, shown=shown, says=says)
     reward = -D.link(target_log_prob - model_log_prob.detach()) + expected_link(D, wanted, model, baseline)
     surrogate = policy(
         batch,
@@ -120,6 +168,8 @@ def policy(
     advantage: str | Float[Tensor, "row completion"] = "advantage",
     log_probs: Float[Tensor, "row completion"] | None = None,
     clip: tuple[float, float] | None = (0.2, 0.2),
+    dual: float | None = None,
+    level: Level = "token",
     name: str = "policy",
     weight: str | None = None,
     over: str = "scored",
@@ -129,21 +179,63 @@ def policy(
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = model / the policy that wrote.
 
     The old policy is the column "log_prob:student" where the method scores it, else the model itself, detached: then
-    the ratio is 1 and its gradient that of A log model. A is detached.
+    the ratio is 1 and its gradient that of A log model. A is detached; log-ratios are cut at 20 nats.
+
+    Args:
+        advantage: a column, or numbers; per row or per token.
+        log_probs: of the written tokens, with gradient; None reads them from the model.
+        clip: how far below and above 1 the ratio is followed; a larger `high` is DAPO's clip-higher.
+        dual: where A < 0 the value stops at dual * |A|, so that one token that became much likelier cannot own the
+            gradient (arXiv 1912.09729, equation 5; TRL's `delta`).
+        level: "token", or "sequence": the ratio of a row is the geometric mean of its tokens', and clipped as a whole
+            (GSPO-token, arXiv 2507.18071, equation 13; with one A per row it is GSPO).
+
+    The metrics show, where the old policy is scored, the clipped share, the mean ratio and KL(old || model) by k3.
     """
+    mask = batch[over].bool()
     A = (batch[advantage] if isinstance(advantage, str) else advantage).detach()
-    A = A[:, None] if A.dim() == 1 else A
+    A = torch.where(mask, A[:, None] if A.dim() == 1 else A, 0.0)
     new = batch.model.log_probs() if log_probs is None else log_probs
-    old = batch.columns.get("log_prob:student", new).detach()
-    ratio = (new - old).exp()
-    value = -ratio * A
-    says = "policy gradient"
+    log_ratio = _log_ratio(new, batch, mask)
+    if level == "sequence":
+        mean_log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean_log_ratio.detach() + log_ratio - log_ratio.detach()
+    ratio = log_ratio.exp()
+    value = plain = -ratio * A
+    says = "policy gradient" + (", one ratio per row" if level == "sequence" else "")
     if clip is not None:
         low, high = clip
         value = torch.maximum(value, -ratio.clamp(1 - low, 1 + high) * A)
         says += f", ratio clipped to [{1 - low:g}, {1 + high:g}]"
-    mean = mean or batch.aggregate
-    return Term(name, value, weight, over, mean, coefficient, says=says)
+    if dual is not None:
+        value = torch.where(A < 0, torch.minimum(value, -dual * A), value)
+        says += f", at most {dual:g} |A| where A < 0"
+    seen = {}
+    if "log_prob:student" in batch.columns:
+        seen["ratio"] = ratio.detach()
+        seen["old_kl"] = (ratio - 1 - log_ratio).detach()
+        if clip is not None or dual is not None:
+            seen["clipped"] = (value != plain).detach()
+    return Term(name, value, weight, over, mean or batch.aggregate, coefficient, says=says, seen=seen)
+
+
+def refuse_estimator(name: str, field: str) -> None:
+    """Answer names of estimators that are asked for as a loss or a reward.
+
+    Raises:
+        ValueError: with the expected gradient, and what to write instead.
+    """
+    if name in ESTIMATORS:
+        raise ValueError(f"{field}={name!r}: {ESTIMATORS[name]}")
+    if name in ("k1", "k2", "k3", "value"):
+        both = "; ".join(f"as a {use}, {ESTIMATORS[f'{name}_{use}']}" for use in ("loss", "reward"))
+        raise ValueError(f"{field}={name!r} names an estimate of a value, not of a gradient: {both}")
+
+
+def _log_ratio(new: Float[Tensor, "row completion"], batch: Batch, mask: Tensor) -> Float[Tensor, "row completion"]:
+    """log of model / the policy that wrote; 0 where the latter is not scored or the mask is not set."""
+    old = batch.columns.get("log_prob:student", new).detach()
+    return torch.where(mask, new - old, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def pathwise(
@@ -190,6 +282,41 @@ def pathwise(
     return D.categorical(
         target.logits_of(slice(None)), model.logits_of(slice(None)), temperature=temperature, pad_vocab=True
     )
+
+
+def clipped_sum(
+    D: FDivergence, target: Predictions, model: Predictions, limit: float, *, temperature: float = 1.0
+) -> tuple[Float[Tensor, "scored"], Float[Tensor, "scored"]]:
+    """sum_v min(term_v, limit) in nats, and at how many v the limit is felt.
+
+        forward KL: term_v = q_v log(q_v / p_v),    reverse KL: term_v = p_v log(p_v / q_v),    q target, p model
+
+    The plain forms, whose terms may be negative and are then kept: the sum may be below 0 and its minimum elsewhere
+    than at p = q. A clipped term has no gradient, so of forward KL the tokens that lack most are pushed down: with U
+    the entries left and Q their mass under q the gradient in the logits is p_v Q - q_v 1[v in U].
+
+    Raises:
+        ValueError: another divergence, or a target that is not known over the whole vocabulary.
+    """
+    if str(D) not in ("forward_kl", "reverse_kl"):
+        raise ValueError(f"signal.clip_terms={limit:g} is defined for forward_kl and reverse_kl, not for {D}")
+    if limit <= 0:
+        raise ValueError(f"signal.clip_terms={limit:g} must be above 0, in nats")
+    if not isinstance(target, FullPredictions) or not isinstance(model, FullPredictions):
+        raise ValueError(
+            f"signal.clip_terms={limit:g} needs the whole vocabulary of the target: leave target.top_k out"
+        )
+
+    def both(theirs: Tensor, ours: Tensor, _: slice) -> Tensor:
+        size = min(theirs.shape[-1], ours.shape[-1])
+        log_q, log_p = ((one[..., :size] / temperature).log_softmax(-1) for one in (theirs, ours))
+        left, right = (log_q, log_p) if str(D) == "forward_kl" else (log_p, log_q)
+        least = torch.finfo(left.dtype).min / 4  # -inf - -inf is NaN
+        terms = left.exp() * (left.clamp_min(least) - right.clamp_min(least))
+        return torch.stack([terms.clamp(max=limit).sum(-1), (terms > limit).sum(-1).to(terms.dtype)], -1)
+
+    values, cut = over_vocabulary(both, target, model).unbind(-1)
+    return values, cut.detach()
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
+
+import torch
 
 from kullback.lm.chat import end_ids, prompt_ids, reply_ids
 from kullback.lm.generate import generate
@@ -23,7 +25,15 @@ class Source(ABC):
 
     def draw(self, at: Moment) -> Rollout:
         """This rank's rows of the step."""
-        return self.write(at.problems(), at)
+        return self.write(self.problems(at), at)
+
+    def problems(self, at: Moment, turn: int = 0) -> Placed:
+        """This rank's problems, each with its place; further turns are further problems for the same places."""
+        return at.problems(turn)
+
+    def rehearse(self, rollout: Rollout) -> Rollout:
+        """Made-up rows with the grades and notes that this source's rows have."""
+        return rollout
 
     @abstractmethod
     def write(self, problems: Placed, at: Moment) -> Rollout:
@@ -52,8 +62,8 @@ def read_prompt(problem: Problem, at: Moment, completion: int) -> list[int]:
     return ids
 
 
-def _note(problem: Problem, source: str) -> dict[str, Any]:
-    return {"problem_id": problem.id, "messages": problem.messages, "source": source}
+def _note(problem: Problem, place: int, source: str) -> dict[str, Any]:
+    return {"problem_id": problem.id, "place": place, "messages": problem.messages, "source": source}
 
 
 @final
@@ -78,7 +88,7 @@ class DatasetSource(Source):
             origins.append(origin[: at.method.max_completion])
             prompts.append(read_prompt(problem, at, len(completions[-1])))
         return build_rollout(
-            prompts, completions, origins, notes=[_note(problem, "dataset") for _, problem in problems]
+            prompts, completions, origins, notes=[_note(problem, place, "dataset") for place, problem in problems]
         )
 
 
@@ -89,16 +99,23 @@ class PlayerSource(Source):
 
     With `system` it reads a system prompt that the student, when it is trained on this text, does not.
     With `once`, what it wrote for a problem is kept and read again whenever the problem comes back.
+    `grades` are those its reader needs beside "accuracy" and "finished", which every row has.
     """
 
     player: str
     origin: Origin
     once: bool = False
     system: str | None = None
+    grades: tuple[str, ...] = ()
 
     @property
     def writes(self) -> frozenset[Origin]:  # type: ignore[override]
         return frozenset({self.origin})
+
+    def rehearse(self, rollout: Rollout) -> Rollout:
+        every_other = (torch.arange(len(rollout)) % 2).float()
+        made_up = dict.fromkeys(self.grades, every_other) | {"finished": torch.ones(len(rollout))}
+        return replace(rollout, rewards=made_up | rollout.rewards)
 
     @property
     def says(self) -> str:  # type: ignore[override]
@@ -117,15 +134,15 @@ class PlayerSource(Source):
             answers = [kept[problem.id] for _, problem in problems]
         else:
             answers = self._sample(problems, at)
-        rows = [(problem, *row) for (_, problem), answer in zip(problems, answers, strict=True) for row in answer]
+        rows = [row for answer in answers for row in answer]
         return build_rollout(
-            [prompt for _, prompt, _, _, _ in rows],
-            [completion for _, _, completion, _, _ in rows],
-            [[int(self.origin)] * len(completion) for _, _, completion, _, _ in rows],
-            log_probs=[log_probs for _, _, _, log_probs, _ in rows],
+            [prompt for prompt, _, _, _ in rows],
+            [completion for _, completion, _, _ in rows],
+            [[int(self.origin)] * len(completion) for _, completion, _, _ in rows],
+            log_probs=[log_probs for _, _, log_probs, _ in rows],
             group=[i for i in range(len(problems)) for _ in range(samples)],
-            rewards=[rewards for _, _, _, _, rewards in rows],
-            notes=[_note(problem, self.player) for problem, *_ in rows],
+            rewards=[rewards for _, _, _, rewards in rows],
+            notes=[_note(problem, place, self.player) for place, problem in problems for _ in range(samples)],
         )
 
     def _sample(self, problems: Placed, at: Moment) -> list[list[tuple[Any, ...]]]:
@@ -176,6 +193,11 @@ class MixedSource(Source):
         total = sum(weight for weight, _ in self.parts)
         return " and ".join(f"{weight / total:.0%} {source.says}" for weight, source in self.parts)
 
+    def rehearse(self, rollout: Rollout) -> Rollout:
+        for _, source in self.parts:
+            rollout = source.rehearse(rollout)
+        return rollout
+
     def write(self, problems: Placed, at: Moment) -> Rollout:
         total = sum(weight for weight, _ in self.parts)
         keys: list[tuple[int | str, ...]] = [(at.step, slot) for slot, _ in problems]
@@ -200,9 +222,9 @@ def dataset() -> Source:
     return DatasetSource()
 
 
-def student() -> Source:
-    """The student's own completions, fresh at every step."""
-    return PlayerSource("student", Origin.STUDENT)
+def student(*, grades: Sequence[str] = ()) -> Source:
+    """The student's own completions, fresh at every step; `grades` of the verifier are what the method reads."""
+    return PlayerSource("student", Origin.STUDENT, grades=tuple(grades))
 
 
 def teacher(*, once: bool = True, system: str | None = None) -> Source:

@@ -1,23 +1,19 @@
-"""Numbers per token of two next-token distributions, all of them in one pass over the vocabulary."""
+"""Numbers per token of next-token distributions, all of them in one pass over the vocabulary."""
 
-import torch
+from collections.abc import Iterable, Mapping
+
 from jaxtyping import Float
 from torch import Tensor
 
-from kullback.divergence import divergence
-from kullback.lm.predictions import FullPredictions, over_vocabulary
+from kullback.divergence import statistics
+from kullback.divergence.statistics import Side
+from kullback.lm.predictions import FullPredictions, HiddenPredictions
 
-DIVERGENCES = {
-    "forward_kl": "forward_kl",
-    "reverse_kl": "reverse_kl",
-    "jsd": "jsd(0.5)",
-    "squared_hellinger": "squared_hellinger",
-}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "squared_hellinger")
 
 
-@torch.no_grad()
 def token_statistics(
-    model: FullPredictions, target: FullPredictions | None = None, *, divergences: tuple[str, ...] = tuple(DIVERGENCES)
+    model: FullPredictions, target: FullPredictions | None = None, *, divergences: tuple[str, ...] = DIVERGENCES
 ) -> dict[str, Float[Tensor, "scored"]]:
     """What two distributions m (model) and t (target) say at each scored position, exactly and without gradient.
 
@@ -26,50 +22,55 @@ def token_statistics(
         jsd = (KL(t || a) + KL(m || a)) / 2,  a = (t + m) / 2      squared_hellinger = 1 - sum_v sqrt(t_v m_v)
         agreement = 1 where both find the same token likeliest, else 0
 
-    Chunk after chunk of positions; no [scored, vocab] tensor is kept.
+    Chunk after chunk of positions; no [scored, vocab] tensor is made.
 
     Args:
         target: None leaves out what needs two.
-        divergences: which of `DIVERGENCES`, or any names `kb.divergence` parses. Columns that only one head has are
-            padding and take no part in them.
+        divergences: any names `kb.divergence` parses, "overlap(k)", "bhattacharyya" or "bhattacharyya_coefficient" (see
+            `kullback.divergence.statistics`). Columns that only one head has are padding and take no part in them.
 
     Returns:
         "entropy" and "log_prob"; with a target also "target_entropy", "target_log_prob", "agreement" and the
-        divergences by name. Nats, except agreement; float32.
+        divergences by name. Nats, except agreement, overlap and coefficient; float32 or wider.
 
     Raises:
         ValueError: the logits of one side are NaN, saying which.
     """
     if target is None:
-        names = ["entropy", "log_prob"]
-
-        def alone(ours: Tensor, at: slice) -> Tensor:
-            return torch.stack(_of_one(ours.log_softmax(-1), model.tokens[at], "model"), -1)
-
-        table = over_vocabulary(alone, model)
+        names: tuple[str, ...] = ("entropy", "log_prob")
+        sides = {"model": side(model)}
     else:
-        names = ["entropy", "log_prob", "target_entropy", "target_log_prob", "agreement", *divergences]
-        measures = [divergence(DIVERGENCES.get(name, name)) for name in divergences]
-
-        def both(theirs: Tensor, ours: Tensor, at: slice) -> Tensor:
-            t, m = theirs.log_softmax(-1), ours.log_softmax(-1)
-            columns = [*_of_one(m, model.tokens[at], "model"), *_of_one(t, model.tokens[at], "target")]
-            if t.shape != m.shape:
-                shared = min(t.shape[-1], m.shape[-1])
-                t, m = theirs[:, :shared].log_softmax(-1), ours[:, :shared].log_softmax(-1)
-            columns.append((t.argmax(-1) == m.argmax(-1)).to(m.dtype))
-            return torch.stack([*columns, *(D.from_log_probs(t, m) for D in measures)], -1)
-
-        table = over_vocabulary(both, target, model)
-    return dict(zip(names, table.unbind(-1), strict=True))
+        names = ("entropy", "log_prob", "target_entropy", "target_log_prob", "agreement", *divergences)
+        sides = {"model": side(model), "target": side(target)}
+    return statistics.measure(sides, {name: statistics.asked(name) for name in names}, model.tokens)
 
 
-def _of_one(log_p: Float[Tensor, "n vocab"], tokens: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Entropy, and the log-probability of the written tokens."""
-    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)  # 0 * -inf would be NaN
-    if bad := int(entropy.isnan().sum()):
-        raise ValueError(
-            f"the {side}'s logits are NaN at {bad} of {len(entropy)} positions: its weights are damaged, or the run "
-            "has diverged"
-        )
-    return entropy, log_p.gather(-1, tokens[:, None])[:, 0]
+def token_scores(players: Mapping[str, FullPredictions], scores: Iterable[str]) -> dict[str, Float[Tensor, "scored"]]:
+    """Several scores of the same tokens at once: the logits of each player are made once, whatever is asked of it.
+
+    Args:
+        players: predictions of the same tokens by name.
+        scores: "log_prob:student", "entropy:teacher", "hellinger:reference,student" (target first): a kind that
+            `token_statistics` knows, and the names it is of.
+
+    Returns:
+        By score. Nats, except shares; without gradient.
+
+    Raises:
+        ValueError: a kind that means nothing, or of too many or too few; logits that are NaN, saying whose.
+    """
+    wanted = {score: (kind, *names.split(",")) for score in scores for kind, _, names in [score.partition(":")]}
+    if not wanted:
+        return {}
+    sides = {name: side(predictions) for name, predictions in players.items()}
+    return statistics.measure(sides, wanted, next(iter(players.values())).tokens)
+
+
+def side(predictions: FullPredictions) -> Side:
+    """Predictions as the one pass reads them."""
+    if not isinstance(predictions, HiddenPredictions):
+        return Side(predictions.vocab, lambda rows: predictions.logits_of(rows).detach())
+    head = predictions.head
+    return statistics.linear_side(
+        predictions.hidden, head.matrix.to(predictions.hidden.dtype), head.bias, head.scale, head.softcap
+    )

@@ -66,6 +66,18 @@ class Trainer(transformers.Trainer):
             )
         return loss * self.engine.at.world  # DDP divides gradients by the number of ranks
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class makes it, with a group of its own for each part that has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for name, part in self.engine.method.parts().items():
+            if part.learning_rate is None:
+                continue
+            own = list(self.engine.at.parts[name].parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
+            optimizer.add_param_group({"params": own, "lr": part.learning_rate, "weight_decay": 0.0})
+        return optimizer
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         row = {
             "loss": logs.get("loss"),
@@ -91,7 +103,7 @@ class Keeper(transformers.TrainerCallback):
     ) -> None:
         self.progress, self.probe, self.probe_every = progress, probe, probe_every
         self.trainer: Trainer | None = None
-        self.stop = False
+        self.stop = self.owed = False  # asked to stop; a checkpoint that has to wait for the end of a draw
         self.step_started = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,6 +112,9 @@ class Keeper(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         engine = self.trainer.engine
+        optimizer: Any = self.trainer.optimizer
+        for parameter in engine.after(state.global_step):
+            optimizer.state.pop(parameter, None)  # moments of weights that are gone
         metrics = engine.metrics()
         if self.probe is not None and state.global_step % self.probe_every == 0:
             measured = from_main(self.probe() if is_main() else {})
@@ -114,8 +129,16 @@ class Keeper(transformers.TrainerCallback):
             if name in _SHOWN or name.startswith("term/")
         }
         self.progress.advance(**shown)
-        if sum_over_ranks(torch.tensor(float(self.stop), device=args.device)) > 0:  # all stop after the same step
+        # In the middle of a draw nothing is saved: its rows and columns are not in the checkpoint.
+        between = state.global_step % engine.method.passes == 0 or state.global_step >= args.max_steps
+        self.owed = control.should_save = control.should_save or self.owed
+        stop = sum_over_ranks(torch.tensor(float(self.stop), device=args.device)) > 0  # all stop after the same step
+        if between and stop:
             control.should_save = control.should_training_stop = True
+        if between:
+            self.owed = False
+        else:
+            control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.flush()

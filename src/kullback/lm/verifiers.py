@@ -1,7 +1,8 @@
 """Verifiers: a function of (problem, completion text) that says whether the completion is right.
 
 Every verifier returns a dict of floats. "accuracy" is 0 or 1; "score" is the graded value where a verifier has one.
-`verifier(...)` builds one from its name; `Task.verify` calls it and turns a failure into {"accuracy": nan, "error": 1}.
+`verifier(...)` builds one from its name; `Task.verify` calls it and turns a failure (an exception, no answer in time, a
+value that is no number) into {"accuracy": nan, "error": 1}.
 """
 
 import atexit
@@ -9,6 +10,8 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
+import queue
 import re
 import select
 import subprocess
@@ -111,17 +114,79 @@ def from_callable(function: Callable[["Problem", str], Any]) -> Verifier:
     """A verifier from any function of (problem, completion text).
 
     It returns a bool or a float (then "score" is the value and "accuracy" whether it reaches 1) or a dict of floats,
-    which is kept as it is.
+    which is kept as it is and needs an "accuracy".
+
+    Raises:
+        ValueError: when it is called and what the function returns is no finite number, or has no accuracy. A nan would
+            otherwise pass for an answer that is wrong.
     """
 
     def verify(problem: "Problem", completion: str) -> dict[str, float]:
         value = function(problem, completion)
         if isinstance(value, Mapping):
-            return {str(name): float(number) for name, number in value.items()}
-        score = float(value)
+            return checked({str(name): _number(number, str(name)) for name, number in value.items()})
+        score = _number(value, "score")
         return {"accuracy": float(score >= 1.0), "score": score}
 
     return verify
+
+
+def checked(grades: dict[str, float]) -> dict[str, float]:
+    """Grades as they are.
+
+    Raises:
+        ValueError: there is no accuracy, or one of them is nan or infinite.
+    """
+    if "accuracy" not in grades:
+        raise ValueError(f"the verifier returned no accuracy; it returned {', '.join(grades) or 'nothing'}")
+    for name, value in grades.items():
+        _number(value, name)
+    return grades
+
+
+def in_time(verify: Verifier, seconds: float) -> Verifier:
+    """The same verifier, given up after so many seconds: a call that hangs costs its own sample and no other.
+
+    Each call runs in a daemon thread of its own. Python cannot end a thread, so one that is given up goes on until its
+    call returns or the process ends: it keeps its memory, and a core if it computes, but it never holds up the end of
+    the process. C code that never gives the interpreter back stops all threads, this limit too. A signal (SIGALRM)
+    cannot be used in a thread: a verifier that sets one, as math-verify's own time limits do, needs
+    `task.verifier_timeout=0`, or `verifier: math`, which runs math-verify in a process.
+
+    Raises:
+        TimeoutError: when it is called and gives no answer in time.
+    """
+
+    def verify_in_time(problem: "Problem", completion: str) -> dict[str, float]:
+        answers: queue.SimpleQueue[dict[str, float] | BaseException] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put(verify(problem, completion))
+            except BaseException as error:  # whatever it is, the caller gets it
+                answers.put(error)
+
+        threading.Thread(target=work, name="verifier", daemon=True).start()
+        try:
+            answer = answers.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"the verifier gave no answer within {seconds:g} s") from None
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, BaseException):  # SystemExit of a user's function ends a thread, not the run
+            raise RuntimeError(f"the verifier raised {type(answer).__name__}: {answer}")
+        return answer
+
+    return verify_in_time
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, str | bytes):
+        raise ValueError(f"the verifier returned {name}={value!r}, which is text and not a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"the verifier returned {name}={number}, which is not a finite number")
+    return number
 
 
 def load_function(where: str, field: str) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Several processes as one: who writes, and numbers that agree for all. With one process everything is at once."""
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,6 +31,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def from_all(value: Value) -> list[Value]:
+    """Every process's value, in the order of their ranks, on every process."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(value: Value) -> Value:

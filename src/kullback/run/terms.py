@@ -7,7 +7,7 @@ micro-batches and ranks, before the first backward pass. So how a step is cut in
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,13 +31,15 @@ class Term:
     Args:
         name: what the metrics call it.
         value: one number per token or per row, with gradient.
-        weight: a column of detached multipliers; None counts every position once.
+        weight: a column of detached multipliers, per token or per row; None counts every position once.
         over: the mask column that is averaged over.
         mean: "token" divides by the positions counted; "row" averages each row first; "row_sum" sums each row and
             averages the rows; "weight" divides by the sum of the weights. None takes the method's `aggregate`.
         coefficient: multiplies the mean.
         says: the term in words: direction, scale, support, route.
         shown: what the metrics show in its place, where the value is only a surrogate with the right gradient.
+        seen: more that the metrics show, as plain means over `over`, such as the share of clipped ratios.
+        seen_over: another mask for `seen`, where that says nothing about most of what `over` counts.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Term:
     coefficient: float = 1.0
     says: str = ""
     shown: Tensor | None = None
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+    seen_over: str | None = None
 
     @property
     def key(self) -> tuple[str, Mean | None, str | None]:
@@ -63,11 +67,14 @@ def multipliers(
     A row mean needs the whole row, which is always in one micro-batch: its own length is divided out here.
     """
     mask = columns[over].bool()
-    if weight is not None and columns[weight].shape != mask.shape:
-        raise ValueError(
-            f"weight={weight!r} has shape {tuple(columns[weight].shape)}, but over={over!r} has {tuple(mask.shape)}"
-        )
-    weights = mask.float() if weight is None else torch.where(mask, columns[weight].float(), 0.0)
+    weights = mask.float()
+    if weight is not None:
+        given = columns[weight]
+        if mask.dim() == 2 and given.shape == mask.shape[:1]:  # one number per row
+            given = given[:, None].expand_as(mask)
+        if given.shape != mask.shape:
+            raise ValueError(f"weight={weight!r} has shape {tuple(given.shape)}, but over={over!r} {tuple(mask.shape)}")
+        weights = torch.where(mask, given.float(), 0.0)
     if mean == "row" and mask.dim() == 2:
         weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
     return weights, mask
