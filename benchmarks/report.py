@@ -117,7 +117,8 @@ def write(results: Path = harness.RESULTS, page: Path = PAGE, images: Path = IMA
 def about(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    loads = [load for load in result["other_load"] if load is not None]
+    pieces = [result, *result.get("pieces", {}).values()]
+    loads = [load for piece in pieces for load in piece.get("other_load", []) if load is not None]
     busy = (
         f"; other processes kept {min(loads):g} to {max(loads):g} cores busy between the measurements" if loads else ""
     )

@@ -10,6 +10,7 @@ every step, so that neither side reads the reference from memory.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -315,7 +316,11 @@ def dpo_with_trl(case: dict[str, Any], folder: str) -> list[float]:
         rows = [row | {"prompt": row["prompt"][0]["content"] + " "} for row in rows]
     arguments = DPOConfig(**their_options(case, folder), per_device_train_batch_size=case["rows"])
     trainer = DPOTrainer(
-        model=student, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model=student,
+        ref_model=copy.deepcopy(student),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
     )
     trainer.train()
     return losses_of(trainer)

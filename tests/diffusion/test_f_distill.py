@@ -248,7 +248,7 @@ def test_stage_one_leaves_an_exact_ratio_alone():
     weights = RatioWeights(divergence("forward_kl"), NOISE, clip=None, ema=0.0)
     _, after = weights(log_ratio, sigma)
     assert weights.means.tolist() == pytest.approx([1.0] * 10, abs=0.02)
-    torch.testing.assert_close(after, log_ratio, rtol=0, atol=0.02)
+    torch.testing.assert_close(after, log_ratio.clamp(-10, 10), rtol=0, atol=0.02)  # logits are held there
     clipped = RatioWeights(divergence("forward_kl"), NOISE, clip=(0.5, 1.2), ema=0.0)
     clipped(log_ratio, sigma)
     assert (clipped.means - 1).abs().max() > 0.03  # a clipped ratio does not have mean one

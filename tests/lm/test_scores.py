@@ -13,7 +13,7 @@ from kullback.lm.forwards import Forwards, read
 from kullback.lm.rollout import Rollout, concatenate
 from kullback.lm.scores import Scores
 from kullback.lm.targets import frozen
-from kullback.lm.trainer import load_state, save_state
+from kullback.run.state import load_state, save_state
 from tests.lm.small import gradient, make, make_moment, random_model
 
 PAIR = ("log_prob:teacher", "entropy:teacher", "forward_kl:teacher,student", "jsd(0.3):teacher,student")

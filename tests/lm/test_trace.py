@@ -17,15 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from kullback.divergence import divergence
 from kullback.lm import annotators, readers, targets
-from kullback.lm.annotators import Asked, Endpoint, Function, Player, Rule, annotator, read_annotation
+from kullback.lm.annotators import Asked, Endpoint, Player, Rule, annotator, read_annotation
 from kullback.lm.engine import Engine
 from kullback.lm.method import Method, find_method
 from kullback.lm.moment import Moment
 from kullback.lm.players import copy_weights
 from kullback.lm.predictions import LogitPredictions
-from kullback.lm.rollout import Rollout
-from kullback.lm.signals import clipped_sum, match
-from kullback.lm.tiny import build_tokenizer
+from kullback.lm.signals import clipped_sum
 from tests.lm.small import gradient, make, make_moment
 
 TRACE = find_method("trace")
@@ -341,8 +339,8 @@ def test_a_failure_costs_its_row_and_is_counted() -> None:
 
 
 class Chat(BaseHTTPRequestHandler):
-    replies: list[Any] = []  # noqa: RUF012
-    asked: list[Any] = []  # noqa: RUF012
+    replies: list[Any] = []
+    asked: list[Any] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -22,15 +22,15 @@ def exact():
 
 @pytest.mark.parametrize("name", FROM_THE_LEFT)
 def test_fixed_points_of_the_card(exact, name):
-    assert exact[name][0] == pytest.approx(FROM_THE_LEFT[name], abs=0.002)
+    assert exact[name][0] == pytest.approx(FROM_THE_LEFT[name], abs=0.004)
 
 
 def test_starts_matter(exact):
-    assert exact["softened"][1] == pytest.approx((0.540, 1.916), abs=0.002)
-    assert exact["reverse KL"][2] == pytest.approx((0.590, 1.860), abs=0.002)
-    assert exact["JS"][3] == pytest.approx((0.566, -1.917), abs=0.002)
+    assert exact["softened"][1] == pytest.approx((0.540, 1.916), abs=0.004)
+    assert exact["reverse KL"][2] == pytest.approx((0.590, 1.860), abs=0.004)
+    assert exact["JS"][3] == pytest.approx((0.566, -1.917), abs=0.004)
     for name in ("Jeffreys", "forward KL"):
-        assert exact[name][3] == pytest.approx(FROM_THE_LEFT[name], abs=0.002)
+        assert exact[name][3] == pytest.approx(FROM_THE_LEFT[name], abs=0.004)
 
 
 def test_the_gradient_holds_for_the_whole_family():

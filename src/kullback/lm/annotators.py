@@ -284,7 +284,7 @@ class Endpoint(Annotator):
 
     def annotate(self, asked: Sequence[Asked], at: Moment) -> list[Annotation | Exception]:
         patience = self.timeout * (self.retries + 1) + self.pause * (2**self.retries - 1)
-        calls = [lambda row=row: read_annotation(read_json(self.reply(ask(row))), row.response) for row in asked]  # type: ignore[misc]
+        calls = [lambda row=row: read_annotation(read_json(self.reply(ask(row))), row.response) for row in asked]
         return in_time(calls, patience)
 
     def reply(self, question: str) -> str:

@@ -23,8 +23,8 @@ from kullback.lm.moment import Moment
 from kullback.lm.predictions import FullPredictions
 from kullback.lm.rehearse import rehearse
 from kullback.lm.rollout import Origin, Rollout, build_rollout
-from kullback.lm.settings import EvaluateSettings
 from kullback.lm.scores import Scores
+from kullback.lm.settings import EvaluateSettings
 from kullback.lm.statistics import token_statistics
 from kullback.lm.targets import read
 from kullback.lm.tasks import Problem
@@ -278,8 +278,7 @@ def _routes(evaluation: Evaluation, at: Moment, texts: Texts, rewards: list[dict
         texts.completions,
         [[int(Origin.STUDENT)] * len(completion) for completion in texts.completions],
         rewards=[
-            {"finished": float(finished), **found}
-            for found, finished in zip(rewards, texts.finished, strict=True)
+            {"finished": float(finished), **found} for found, finished in zip(rewards, texts.finished, strict=True)
         ],
         notes=[
             {"problem_id": problem.id, "messages": problem.messages, "source": "student"} for problem in texts.problems

@@ -252,8 +252,8 @@ def calibration_error(
     exp(mean log-probability of the chosen response's tokens), and a pair is correct where that mean is higher than the
     rejected one's.
 
-    >>> calibration_error(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([1.0, 0.0, 0.0]))[0]
-    0.3...
+    >>> round(calibration_error(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([1.0, 0.0, 0.0]))[0], 4)
+    0.3
     """
     confidence, correct = confidence.double(), correct.double()
     which = (confidence * bins).long().clamp(0, bins - 1)

@@ -15,10 +15,11 @@ from kullback.lm.moment import Moment
 from kullback.lm.parts import ATTRIBUTE
 from kullback.lm.plan import Plan, check
 from kullback.lm.players import Lazy
-from kullback.lm.trainer import Keeper, Trainer, load_state, stop_between_steps
+from kullback.lm.trainer import Keeper, Trainer, stop_between_steps
 from kullback.run.directory import RunDirectory
 from kullback.run.processes import from_all, from_main, is_main, wait_for_all
 from kullback.run.progress import ProgressBar
+from kullback.run.state import load_state
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The one driver for text: an `Engine` in `transformers.Trainer`, for devices, sharding, callbacks and trackers."""
 
-import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +16,7 @@ from kullback.lm.engine import Engine
 from kullback.run.directory import RunDirectory
 from kullback.run.processes import from_main, is_main, sum_over_ranks
 from kullback.run.progress import ProgressBar
+from kullback.run.state import save_state
 
 
 class Trainer(transformers.Trainer):
@@ -160,46 +158,6 @@ class Keeper(transformers.TrainerCallback):
 
 
 _SHOWN = {"rollout/accuracy", "rollout/length", "rollout/entropy"}
-
-
-def save_state(state: dict[str, Any], folder: Path) -> None:
-    """JSON for what is plain, safetensors for what is a tensor: nothing is pickled."""
-    tensors: dict[str, Tensor] = {}
-
-    def plain(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous()
-            return {"__tensor__": path}
-        if isinstance(value, dict):
-            return {str(key): plain(item, f"{path}/{key}") for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item, f"{path}/{index}") for index, item in enumerate(value)]
-        return value
-
-    text = json.dumps(plain(state, ""))
-    if tensors:
-        save_file(tensors, folder / "kullback_state.safetensors")
-    temporary = folder / "kullback_state.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, folder / "kullback_state.json")
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote."""
-    path = folder / "kullback_state.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, dict):
-            return (
-                tensors[value["__tensor__"]]
-                if set(value) == {"__tensor__"}
-                else {key: whole(item) for key, item in value.items()}
-            )
-        return [whole(item) for item in value] if isinstance(value, list) else value
-
-    state: dict[str, Any] = whole(json.loads((folder / "kullback_state.json").read_text()))
-    return state
 
 
 @contextmanager

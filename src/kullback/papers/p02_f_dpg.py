@@ -315,8 +315,8 @@ READING = (
     "The target is one thing, the divergence another: all rows of (a) have the same target, and differ only in how "
     "they fail to be it. KL keeps both modes and pays with strings that the target forbids; reverse KL keeps to what "
     "is allowed and gives a mode up; Jensen-Shannon and total variation lie between. Jensen-Shannon, total variation "
-    "and reverse KL have several local optima here, so a loss is not always least where it is minimised. Where the policy "
-    "can be the target the choice hardly matters, (b): it tests the estimator, not the trade-off."
+    "and reverse KL have several local optima here, so a loss is not always least where it is minimised. Where the "
+    "policy can be the target the choice hardly matters, (b): it tests the estimator, not the trade-off."
 )
 
 DIFFERS = (

@@ -63,7 +63,7 @@ FULL = {
 QUICK = {
     "toy_seeds": 2,
     "toy_steps": 30,
-    "fit": 60,
+    "fit": 300,
     "seeds": 1,
     "base": 3,
     "steps": 2,
@@ -618,6 +618,7 @@ def _figure(toy: Mapping[str, Any], trained: Mapping[str, Any], base: Mapping[st
             color = COLORS[list(trained).index(arm.removesuffix(TWICE))]
             axis.plot(ks, curve, style, color=color, lw=1.3, label=arm)
         axis.axhline(0, color="0.7", lw=0.8, zorder=0)
+        axis.set_xlim(0.9 * ks[0], 1.1 * ks[-1])  # also where a quick run masters nothing and all curves are nan
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set_xlabel("k")
@@ -643,8 +644,8 @@ all prompts and use no replay. {toy_seeds} seeds.
 (b) reasoning-gym's `chain_sum`, two to four one-digit numbers. The shipped student (105 thousand parameters) is
 fine-tuned for {base} steps on worked solutions of all three lengths; this is the initial policy of every arm. Then
 {steps} steps of 32 prompts with 8 answers each on {size} training sums, AdamW at 5e-4 falling as a cosine: `grpo`
-on all of them, or `dph_rl`, which first draws 9 answers to each, takes those with 8 of 8 right for mastered, keeps the ninth
-where it is right, and replays 64 kept answers a step with eta {eta:g}. NLL is the forward KL with its textbook
+on all of them, or `dph_rl`, which first draws 9 answers to each, takes those with 8 of 8 right for mastered, keeps the
+ninth where it is right, and replays 64 kept answers a step with eta {eta:g}. NLL is the forward KL with its textbook
 generator. Penalties have coefficient 0.05. Measured on held-out sums; which of them the start had mastered (15 of 16
 right) was decided on other answers than those of the table. Three arms are repeated at 1e-3.
 {seeds} seeds, which share the start."""
@@ -665,6 +666,8 @@ READING = (
 )
 
 DIFFERS = (
+    "The learning rate of the runs on sums, 5e-4 with a cosine, was chosen after a trial at a constant 1e-3 (one seed) "
+    "in which GRPO collapsed: mastered prompts 0.445, eta = 0 0.613, forward KL 0.885.",
     "A tabular policy and a model of 105 thousand parameters on sums, not Llama and Qwen on SQL and mathematics; "
     "larger learning rates and far fewer steps.",
     "Each term is a mean of its own. The official runs pool 256 replayed and 2048 fresh sequences, so that their "

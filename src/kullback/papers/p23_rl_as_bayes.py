@@ -241,7 +241,7 @@ def _directions(
     )
     last = matched["gaps"][max(matched["gaps"])]
     odds = [numbers["odds"] for numbers in tied["path"].values()]
-    adam = plain["exact gradient, Adam"]
+    adam, hard = plain["exact gradient, Adam"], matched["constrained"]
     return [
         Direction(
             "J = -beta KL(policy, posterior) + beta log Z, and so do the gradients",
@@ -268,10 +268,10 @@ def _directions(
         Direction(
             "distribution matching without RL works: forward KL to the constrained prior",
             _mean(matched["constrained"]["from_target"]) < 1e-2
-            and abs(_mean(matched["constrained"]["entropy"]) - _mean(matched["constrained"]["target_entropy"])) < 0.05,
-            f"KL {_mean(matched['constrained']['from_target']):.0e}, entropy "
-            f"{_mean(matched['constrained']['entropy']):.2f} (target "
-            f"{_mean(matched['constrained']['target_entropy']):.2f}), reward {_mean(matched['constrained']['reward']):.4f}",
+            and abs(_mean(hard["entropy"]) - _mean(hard["target_entropy"])) < 0.05,
+            f"KL {_mean(hard['from_target']):.0e}, entropy "
+            f"{_mean(hard['entropy']):.2f} (target "
+            f"{_mean(hard['target_entropy']):.2f}), reward {_mean(hard['reward']):.4f}",
             True,
         ),
         Direction(
@@ -387,4 +387,6 @@ DIFFERS = (
     "The paper is an argument without experiments; all numbers here are ours.",
     "Its text was read in the first author's web version, not in the conference PDF.",
     "No language model is trained here.",
+    "Two entropy directions were first asserted against 7 nats, a figure of the card's single chain. The priors here "
+    "start at 6.97, so both missed; they now compare with the target's and the prior's own entropy.",
 )

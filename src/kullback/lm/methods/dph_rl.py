@@ -12,11 +12,11 @@ the stored log-probabilities are detached. Replayed tokens get the divergence on
 Paper -> here:  pi_ref -> initial,  its u -> 1 / u,  forward -> forward_kl,  js_low_var -> 2*jsd(0.5),
 alpha a -> alpha(a),  c -> coefficient = c / 8,  G -> samples,  D_pef and D_exp -> mastered and open problems.
 Source: Li et al., arXiv 2509.07430 (as in the official code).
-Differs from the paper: (1) each term is a mean of its own, where the code pools rollouts and replay, 8 to 1; (2) `cap`
-acts on every divergence, not on forward KL alone; (3) text is drawn with the whole distribution: with its top-p of
-0.9 replay would not come from the initial student; (4) problems whose further answers are all wrong are left
-out; (5) the definition form of Jensen-Shannon, which needs a live reference, is left out; (6) kept answers are right ones, so
-the target is the initial student given success.
+Differs from the paper: (1) each term is a mean of its own, where the code pools rollouts and replay, 8 to 1; (2)
+`cap` acts on every divergence, not on forward KL alone; (3) text is drawn with the whole distribution: with its top-p
+of 0.9 replay would not come from the initial student; (4) problems whose further answers are all wrong are left out;
+(5) the definition form of Jensen-Shannon, which needs a live reference, is left out; (6) kept answers are right ones,
+so the target is the initial student given success.
 """
 
 from dataclasses import dataclass, replace
