@@ -246,7 +246,8 @@ def test_a_student_equal_to_its_teacher_is_no_way_from_it() -> None:
         for whose in ("student_text", "teacher_text"):
             assert found[f"{name}_{whose}"] == {"value": 0.0, "standard_error": 0.0}
     teacher = grade(evaluation, at, "teacher", "test")
-    assert same({name: found[name] for name in teacher}, teacher, 1e-9)
+    # float32 sums of the student's text, read in one call or in two
+    assert same({name: found[name] for name in teacher}, teacher, 1e-6)
 
 
 def test_the_teacher_reads_its_own_system_prompt() -> None:
