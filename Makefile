@@ -1,5 +1,5 @@
 # make quickstart: distil the shipped student with three divergences, on and off policy, and open the report
-# make test:       everything that must hold
+# make test:       everything that must hold, as many tests at once as there are cores; alone: pytest tests/FILE.py
 # make lint:       ruff and mypy
 # make bench:      time and memory against the limit and the peers; half an hour, on a machine with nothing else to do
 
@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/kullback compare recipes/quickstart.yaml --resume
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks
@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 # One rule for the extras: .installed-test brings what the tests need, and so on.
-EXTRAS_test := test,peers
+EXTRAS_test := test,peers,diffusion
 EXTRAS_lint := lint
 EXTRAS_docs := docs
 EXTRAS_build := build

@@ -6,8 +6,6 @@ states, gradient of the head), into memory that is already there, in the same ru
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import statistics
 import warnings
@@ -251,17 +249,13 @@ PIECES: dict[str, Callable[[dict[str, int]], list[dict[str, Any]]]] = {
 
 
 def run(quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
-    """All pieces, or some; a piece that is not run keeps the rows and the time of its last run."""
+    """All pieces, or some."""
     size = QUICK if quick else FULL
-    path = harness.RESULTS / "linear.json"
-    pieces = json.loads(path.read_text()).get("pieces", {}) if path.exists() and not quick else {}
-    for name in only or PIECES:
-        load = [harness.other_load()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = PIECES[name](size)
-        load.append(harness.other_load())
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-        pieces[name] = {"when": stamp, "machine": harness.machine(), "other_load": load, "rows": found}
+    pieces = {name: (lambda _, measure=measure: measure(size)) for name, measure in PIECES.items()}
     half = torch.cuda.is_available()
-    return {**size, "dtype": "bfloat16" if half else "float32", "device": "cuda" if half else "cpu", "pieces": pieces}
+    return {
+        **size,
+        "dtype": "bfloat16" if half else "float32",
+        "device": "cuda" if half else "cpu",
+        "pieces": harness.in_pieces("linear", pieces, quick, only),
+    }

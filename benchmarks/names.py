@@ -13,3 +13,9 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "statistics": statistics.run,
     "steps": steps.run,
 }
+
+PIECES: dict[str, tuple[str, ...]] = {  # of `--only`
+    "linear": tuple(linear.PIECES),
+    "rollouts": tuple(rollouts.PIECES),
+    "steps": tuple(steps.PIECES),
+}

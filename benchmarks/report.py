@@ -79,25 +79,33 @@ Bhattacharyya, the overlap of the {k} likeliest and agreement. *Naive* keeps bot
 |---|---|---|---|---|
 """
 
-STEPS = """## A whole step of distillation
+STEPS = """## Whole steps: distillation, GRPO, DPO
 
-Forward, loss, backward and optimiser, on-policy with the sampling of the completions, against TRL's
-`DistillationTrainer`: same weights, token ids, batch, generated lengths, {dtype}, AdamW, no gradient checkpointing.
-Tokens are those of the scored completions; ratio and memory are medians over {turns} turns, each in a process
-of its own; memory is the peak of a step beyond what the imports took: weights, optimiser and activations. TRL has no
-off-policy mode: its sampling is replaced by a look-up of the fixed completions. On fixed text the losses of all steps
-agree to a relative 1e-4. Qwen3 with random weights and V = 32,768 (the embedded pair: V = 101); 8 rows (16) with
-prompts of 64 to 128 tokens. Small: student 4 layers of width 256, teacher 8 of 512; wider: 4 of 512 and 8 of 1,024.
+Writing where the student writes, forward, loss, backward and optimiser, against TRL's `DistillationTrainer`,
+`GRPOTrainer` and `DPOTrainer`: same weights, token ids, batch, generated lengths, {dtype}, AdamW, no gradient
+checkpointing; TRL's other settings at their defaults, its logging off. Tokens are those of the scored completions;
+ratio and memory are medians over {turns} turns, each in a process of its own; memory is the peak of a step beyond what
+the imports took: weights, optimiser and activations. On fixed text the losses of all steps agree to a relative 1e-4
+and the norms of their gradients to 1e-3; where the student writes, two smaller steps on fixed text are compared first.
+TRL has no off-policy mode: its sampling is replaced by a look-up of the fixed completions.
+
+Qwen3 with random weights and V = 32,768 (the embedded pair: V = 103); 8 prompts (16) of 64 to 128 tokens (6 to 20).
+Small: student 4 layers of width 256, teacher 8 of 512; wider: 4 of 512 and 8 of 1,024. GRPO and DPO train the student:
+eight samples of each prompt graded by one function for both; pairs that are new at every step.
 """
 
 ROLLOUTS = """## Rollouts
 
 {samples} samples of each prompt, tokens per second over {repeats} rounds. TRL is `GRPOTrainer`'s own transformers
 generation; *with log-probs* adds the forward by which it gets the behaviour policy's log-probabilities where text and
-training steps are not aligned. Ours come from the sampling pass. Memory is what one call adds at its peak.
+training steps are not aligned. Ours come from the sampling pass. The ratios are those of all rounds together and, in
+brackets, the median over rounds: one text that does not end keeps TRL's whole batch going. Memory is what one call adds
+at its peak.
 
-| model | rows, limit | length, mean | | tokens / s | of TRL's, with log-probs | MiB |
-|---|---|---|---|---|---|---|
+*Embedded teacher*: on its task. *Long tail*: untrained, of the same size, so that lengths spread up to the limit.
+
+| model | rows, limit | length, mean | | tokens / s | over text alone | over text with log-probs | MiB |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -234,30 +242,31 @@ def statistics(result: dict[str, Any], images: Path) -> str:
 
 
 def steps(result: dict[str, Any], images: Path) -> str:
-    turns = " or ".join(map(str, sorted({len(row["seconds"]) for row in result["rows"]})))
+    pieces = result["pieces"]
+    turns = " or ".join(sorted({str(len(row["seconds"])) for piece in pieces.values() for row in piece["rows"]}))
     lines = [STEPS.format(turns=turns, dtype=result["dtype"])]
-    lines.append("| step | TRL, tokens/s | kullback, tokens/s | ratio | TRL, MiB | kullback, MiB |")
-    lines.append("|---|---|---|---|---|---|")
-    for name in dict.fromkeys(row["case"] for row in result["rows"]):
-        trl, ours = ({r["who"]: r for r in result["rows"] if r["case"] == name}[who] for who in ("TRL", "kullback"))
+    lines.append("| step | TRL, tokens/s | kullback, tokens/s | ratio | TRL, MiB | kullback, MiB | measured |")
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, piece in pieces.items():
+        trl, ours = ({row["who"]: row for row in piece["rows"]}[who] for who in ("TRL", "kullback"))
         memory = [f"{r['peak_bytes'] / 2**20:,.0f}" if r["peak_bytes"] else "" for r in (trl, ours)]
         lines.append(
             f"| {name} | {trl['tokens_per_second']:,.0f} | {ours['tokens_per_second']:,.0f} | "
-            f"**{ours['speed_over_trl']:.2f}** | {' | '.join(memory)} |"
+            f"**{ours['speed_over_trl']:.2f}** | {' | '.join(memory)} | {piece['when']} |"
         )
     return "\n".join([*lines, ""])
 
 
 def rollouts(result: dict[str, Any], images: Path) -> str:
     lines = []
-    for row in result["rows"]:
-        peer = next(r for r in result["rows"] if r["setting"] == row["setting"] and r["who"] == "TRL, with log-probs")
-        ratio = row["tokens_per_second"] / peer["tokens_per_second"]
-        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
-        lines.append(
-            f"| {row['setting']} | {row['rows']}, {row['limit']} | {row['mean_length']:.0f} | {row['who']} | "
-            f"{row['tokens_per_second']:,.0f} | {ratio:.2f} | {memory} |"
-        )
+    for name, piece in result["pieces"].items():
+        for row in piece["rows"]:
+            over = " | ".join(f"{total:.2f} ({middle:.2f})" for total, middle in row["over"].values())
+            memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+            lines.append(
+                f"| {name} | {row['rows']}, {row['limit']} | {row['mean_length']:.0f} | {row['who']} | "
+                f"{row['tokens_per_second']:,.0f} | {over} | {memory} |"
+            )
     return ROLLOUTS.format(**result) + "\n".join(lines) + "\n"
 
 

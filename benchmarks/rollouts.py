@@ -3,6 +3,9 @@
 TRL is a GRPOTrainer whose own `_generate_single_turn` is called. Ours returns the behaviour policy's log-probabilities
 with the text; TRL gets them from one more forward wherever its text may be older than the model it trains
 (`steps_per_generation` not a divisor of `gradient_accumulation_steps`), so it takes part with and without it.
+
+A round's time has a long tail of its own: one text that does not end keeps TRL's whole batch going to the limit. So the
+ratio is given twice: of all tokens over all seconds, which is what a run pays, and the median over rounds.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import math
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,51 +29,72 @@ from kullback.lm.tasks import load_task
 from kullback.lm.tiny import build_model
 
 SAMPLES = 8
+TRL = ("TRL, text alone", "TRL, with log-probs")
 TASK = {"name": "reasoning_gym/chain_sum", "min_terms": 2, "max_terms": 6, "max_digits": 1, "question": "{expression}"}
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "the embedded teacher, on its task": lambda: load_model("embedded:teacher", role="teacher"),
-    "untrained, of the same size: a long tail": lambda: build_model(
-        hidden_size=128, layers=2, intermediate_size=384, max_length=512
-    ),
+PIECES: dict[str, dict[str, Any]] = {
+    "embedded teacher": {
+        "model": lambda: load_model("embedded:teacher", role="teacher"),
+        "prompts": 64,
+        "limit": 64,
+    },
+    "long tail": {
+        "model": lambda: build_model(hidden_size=128, layers=2, intermediate_size=384, max_length=512),
+        "prompts": 32,
+        "limit": 256,
+    },
 }
-FULL = {"prompts": (64, 32), "limit": (64, 256), "repeats": 5}
-QUICK = {"prompts": (4, 2), "limit": (8, 8), "repeats": 1}
+ROUNDS = 7
+QUICK = {"prompts": 2, "limit": 8}
 DEVIATIONS = 5  # standard errors between the mean lengths of two contestants' texts
 
 
-def run(quick: bool = False) -> dict[str, Any]:
+def run(quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
+    """All pieces, or some."""
+    pieces = {name: partial(measure, setting) for name, setting in PIECES.items()}
+    found = harness.in_pieces("rollouts", pieces, quick, only)
+    return {"samples": SAMPLES, "repeats": 1 if quick else ROUNDS, "pieces": found}
+
+
+def measure(setting: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
     """Sums over rounds, end tokens included; every round draws anew."""
-    size = QUICK if quick else FULL
+    count, limit = (QUICK if quick else setting)["prompts"], (QUICK if quick else setting)["limit"]
     tokenizer = load_tokenizer("embedded:teacher", role="teacher")
     problems = load_task(TASK, seed=0).train
-    loads, rows = [harness.other_load()], []
-    for (setting, load), count, limit in zip(SETTINGS.items(), size["prompts"], size["limit"], strict=True):
-        prompts = [prompt_ids(tokenizer, problems[i].messages) for i in range(count)]
-        lengths: dict[str, list[list[int]]] = {}
-        contestants = {
-            who: _counted(write, lengths.setdefault(who, []))
-            for who, write in _contestants(load().eval(), tokenizer, prompts, limit).items()
-        }
-        timed = harness.take_turns(contestants, size["repeats"])
-        loads.append(harness.other_load())
-        check_lengths(lengths)
-        for who, row in timed.items():
-            counted = lengths[who][1:]  # the first call is the one whose memory is measured
-            rows.append(
-                {
-                    "setting": setting,
-                    "limit": limit,
-                    "rows": count * SAMPLES,
-                    "who": who,
-                    **row,
-                    "tokens": [sum(call) for call in counted],
-                    "tokens_per_second": sum(map(sum, counted)) / sum(row["seconds"]),
-                    "mean_length": statistics.mean(n for call in counted for n in call),
-                    "longest": [max(call) for call in counted],
-                }
-            )
-            print(f"{setting[:20]:20s} {who:30s} {rows[-1]['tokens_per_second']:9.0f} tokens/s", flush=True)
-    return {"samples": SAMPLES, "repeats": size["repeats"], "other_load": loads, "rows": rows}
+    prompts = [prompt_ids(tokenizer, problems[i].messages) for i in range(count)]
+    lengths: dict[str, list[list[int]]] = {}
+    contestants = {
+        who: _counted(write, lengths.setdefault(who, []))
+        for who, write in _contestants(setting["model"]().eval(), tokenizer, prompts, limit).items()
+    }
+    timed = harness.take_turns(contestants, 1 if quick else ROUNDS)
+    check_lengths(lengths)
+    rows = []
+    for who, row in timed.items():
+        counted = lengths[who][1:]  # the first call is the one whose memory is measured
+        rows.append(
+            {
+                "limit": limit,
+                "rows": count * SAMPLES,
+                "who": who,
+                **row,
+                "tokens": [sum(call) for call in counted],
+                "tokens_per_second": sum(map(sum, counted)) / sum(row["seconds"]),
+                "mean_length": statistics.mean(n for call in counted for n in call),
+                "longest": [max(call) for call in counted],
+            }
+        )
+    for row in rows:
+        row["over"] = {peer["who"]: speed_over(row, peer) for peer in rows if peer["who"] in TRL}
+        over = ", ".join(f"{total:.2f} ({middle:.2f})" for total, middle in row["over"].values())
+        print(f"{row['who']:30s} {row['tokens_per_second']:9.0f} tokens/s, over TRL's {over}", flush=True)
+    return rows
+
+
+def speed_over(row: dict[str, Any], peer: dict[str, Any]) -> tuple[float, float]:
+    """Ratio of the tokens per second: of all rounds together, and the median over rounds."""
+    ours, theirs = ([n / t for n, t in zip(one["tokens"], one["seconds"], strict=True)] for one in (row, peer))
+    middle = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return row["tokens_per_second"] / peer["tokens_per_second"], middle
 
 
 def _counted(write: Callable[[], list[list[int]]], lengths: list[list[int]]) -> Callable[[], None]:
@@ -95,9 +120,11 @@ def _contestants(
     trainer = _trainer(copy.deepcopy(model), tokenizer, len(prompts), limit)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
 
-    def ours() -> list[list[int]]:
-        uniforms = torch.rand(len(repeated), limit, dtype=torch.float64)
-        return generate(model, prompts, uniforms, end_ids=end_ids(tokenizer, model), samples=SAMPLES).completions
+    def ours(compiled: bool = False) -> list[list[int]]:
+        uniforms, ends = torch.rand(len(repeated), limit, dtype=torch.float64), end_ids(tokenizer, model)
+        return generate(model, prompts, uniforms, end_ids=ends, samples=SAMPLES, compile_decode=compiled).completions
+
+    ours(compiled=True)  # so that neither time nor memory of a measured call is the compiler's
 
     def text() -> list[list[int]]:
         written: list[list[int]] = trainer._generate_single_turn(repeated, None, {}, SAMPLES)[0]
@@ -123,9 +150,10 @@ def _contestants(
         return written
 
     return {
-        "kullback, with log-probs": ours,
-        "TRL, text alone": text,
-        "TRL, with log-probs": text_and_log_probs,
+        "kullback": ours,
+        "kullback, compiled decode": partial(ours, compiled=True),
+        TRL[0]: text,
+        TRL[1]: text_and_log_probs,
     }
 
 

@@ -20,7 +20,8 @@ from benchmarks import harness, trained
 from benchmarks.linear import products, with_gradient
 from kullback.divergence import kernels, linear
 
-TEXTS = {"surest": ("reverse_kl",), "repeated": ("reverse_kl", "forward_kl", "jsd(0.5)"), "held out": ("reverse_kl",)}
+NAMES = ("reverse_kl", "forward_kl", "jsd(0.5)")
+TEXTS = {"surest": NAMES, "repeated": NAMES, "held out": ("reverse_kl",)}
 SURE = 1.0  # nats
 TOLERANCES = (0.0, 1e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 FULL = {"tokens": 1024, "pool": 8192, "repeats": 3}
@@ -116,10 +117,11 @@ def entropy(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def surest(x: dict[str, Tensor], most: int) -> dict[str, Tensor]:
-    """The `most` tokens of lowest entropy, fewer if their mean would exceed `SURE` nats; at least two."""
+    """`most` tokens, spread evenly over those of lowest entropy that have a mean of `SURE` nats; at least two."""
     found, order = entropy(x["model_hidden"].detach(), x["model_head"].detach()).sort()
     means = found.cumsum(0) / torch.arange(1, len(found) + 1)
-    chosen = order[: max(2, min(most, int((means <= SURE).sum())))].sort().values
+    sure = order[: max(2, int((means <= SURE).sum()))]
+    chosen = sure[torch.linspace(0, len(sure) - 1, min(most, len(sure))).round().long()].sort().values
     near = {side: x[f"{side}_hidden"].detach()[chosen] for side in ("target", "model")}
     return x | {"target_hidden": near["target"], "model_hidden": near["model"].requires_grad_()}
 

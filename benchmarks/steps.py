@@ -1,15 +1,17 @@
 """A whole optimiser step of distillation, GRPO and DPO against TRL's trainers: time per token and peak memory.
 
 Each turn is a process of its own, so that its peak memory is its own. Same weights, ids, batch, generated lengths,
-dtype and optimiser on both sides; the losses of the fixed-text steps must agree before anything is reported. TRL's
-trainer has no off-policy mode: there its generation is replaced by a look-up of the fixed completions. GRPO writes
-eight samples of each prompt, all of the full length, and grades them by a function both call. DPO sees new pairs at
-every step, so that neither side reads the reference from memory.
+dtype and optimiser on both sides. On fixed text the losses and the norms of the gradients of all steps must agree
+before anything is reported; where the student writes, two smaller steps on fixed text are compared first. TRL has no
+off-policy mode: its generation is then replaced by a look-up of the fixed completions. GRPO writes eight samples of
+each prompt, all of the full length, and grades them by a function both call. DPO sees new pairs at every step, so that
+neither side reads the reference from memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -19,9 +21,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle, pairwise
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 import transformers
@@ -29,8 +33,11 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 import kullback as kb
 from benchmarks import harness
+from kullback.lm import sources
 from kullback.lm.chat import prompt_ids, reply_ids
+from kullback.lm.generate import Written
 from kullback.lm.models import load_model, load_tokenizer
+from kullback.run.seeds import generator
 
 WHO = ("TRL", "kullback")
 LEARNING_RATE = 1e-4
@@ -41,18 +48,18 @@ BETA = {"reverse_kl": 1.0, "jsd(0.5)": 0.5, "forward_kl": 0.0}  # in TRL
 SMALL = {"student": (4, 256), "teacher": (8, 512), "vocab": 32768, "rows": 8, "prompt": (64, 128)}
 WIDE = {"student": (4, 512), "teacher": (8, 1024), "vocab": 32768, "rows": 8, "prompt": (64, 128)}
 EMBEDDED = {"student": "embedded:student", "teacher": "embedded:teacher", "vocab": 101, "rows": 16, "prompt": (6, 20)}
-OFF, ON = {"own_text": False, "completion": (64, 128)}, {"own_text": True, "completion": (64, 64)}
-CASES: dict[str, dict[str, Any]] = {
-    "off-policy, reverse KL": SMALL | OFF | {"divergence": "reverse_kl", "steps": 4},
-    "off-policy, JSD": SMALL | OFF | {"divergence": "jsd(0.5)", "steps": 4},
-    "on-policy, reverse KL": SMALL | ON | {"divergence": "reverse_kl", "steps": 3},
-    "off-policy, reverse KL, wider": WIDE | OFF | {"divergence": "reverse_kl", "steps": 3},
-    "off-policy, embedded pair": EMBEDDED | OFF | {"completion": (16, 48), "divergence": "reverse_kl", "steps": 40},
-    "on-policy, embedded pair": EMBEDDED | ON | {"completion": (48, 48), "divergence": "reverse_kl", "steps": 10},
-}
+MATCH = {"trains": "distillation", "samples": 1}
+OFF = MATCH | {"own_text": False, "completion": (64, 128), "divergence": "reverse_kl"}
+ON = MATCH | {"own_text": True, "completion": (64, 64), "divergence": "reverse_kl"}
 GROUP = {"trains": "grpo", "own_text": True, "completion": (64, 64), "samples": 8}
 PAIRS = {"trains": "dpo", "own_text": False, "completion": (64, 128), "samples": 2}
-CASES |= {
+CASES: dict[str, dict[str, Any]] = {
+    "off-policy, reverse KL": SMALL | OFF | {"steps": 4},
+    "off-policy, JSD": SMALL | OFF | {"divergence": "jsd(0.5)", "steps": 4},
+    "on-policy, reverse KL": SMALL | ON | {"steps": 3},
+    "off-policy, reverse KL, wider": WIDE | OFF | {"steps": 3},
+    "off-policy, embedded pair": EMBEDDED | OFF | {"completion": (16, 48), "steps": 40},
+    "on-policy, embedded pair": EMBEDDED | ON | {"completion": (48, 48), "steps": 10},
     "GRPO": SMALL | GROUP | {"steps": 2},
     "GRPO, embedded student": EMBEDDED | GROUP | {"completion": (48, 48), "steps": 6},
     "DPO": SMALL | PAIRS | {"steps": 3},
@@ -61,6 +68,12 @@ CASES |= {
 WARM_UP = 2  # steps that are run and not counted
 TURNS = 2
 TOLERANCE = 1e-4  # of the losses of every step, relative
+OF_NORMS = 1e-3  # of the norms of the gradients, relative
+
+
+Rows = list[dict[str, Any]]
+Steps = tuple[list[float], list[float]]  # the loss and the norm of the gradient, of every step
+Theirs = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]  # rows, options, and what the trainer takes beside
 
 
 def words(vocab: int) -> PreTrainedTokenizerBase:
@@ -95,8 +108,8 @@ def random_model(layers: int, width: int, vocab: int) -> Any:
     return Qwen3ForCausalLM(config).float()
 
 
-def setting(case: dict[str, Any]) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
-    """Student, teacher, tokenizer, and rows {"prompt": turns, "completion": text}."""
+def setting(case: dict[str, Any]) -> tuple[Any, Any, Any, Rows]:
+    """Student, teacher, tokenizer, and rows {"prompt": turns, "replies": texts}: the rows of a step, of DPO of all."""
     draw = torch.Generator().manual_seed(0)
 
     def length(ends: tuple[int, int]) -> int:
@@ -115,15 +128,13 @@ def setting(case: dict[str, Any]) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
         ids = torch.randint(first, case["vocab"], (length(ends),), generator=draw)
         return joint.join(tokenizer.convert_ids_to_tokens(ids.tolist()))
 
-    steps = WARM_UP + case["steps"] if case.get("trains") == "dpo" else 1
     rows = [
-        {"prompt": [{"role": "user", "content": text(case["prompt"])}], "completion": text(case["completion"])}
-        for _ in range(case["rows"] * steps)
+        {
+            "prompt": [{"role": "user", "content": text(case["prompt"])}],
+            "replies": [text(case["completion"]) for _ in range(case["samples"])],
+        }
+        for _ in range(case["rows"] * (WARM_UP + case["steps"] if case["trains"] == "dpo" else 1))
     ]
-    if case.get("trains") == "dpo":
-        rows = [
-            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": text(case["completion"])} for row in rows
-        ]
     if case["own_text"]:  # an end that no model can write: every completion has the full length
         tokenizer.add_special_tokens({"eos_token": "<|never|>"})
         for model in (student, teacher):
@@ -131,65 +142,103 @@ def setting(case: dict[str, Any]) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
     return student, teacher.eval().requires_grad_(False), tokenizer, rows
 
 
-def with_kullback(case: dict[str, Any], folder: str) -> list[float]:
+def replies_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[list[int]]:
+    """The token ids of a row's replies, with their ends."""
+    turns = ([{"role": "assistant", "content": text}] for text in row["replies"])
+    return [reply_ids(tokenizer, row["prompt"], turn)[0] for turn in turns]
+
+
+def grade(text: str) -> float:
+    """Half of all texts are right, whoever writes them."""
+    return float(zlib.crc32(text.encode()) % 2)
+
+
+def with_kullback(case: dict[str, Any], folder: str) -> Steps:
     from rich.console import Console
 
     student, teacher, tokenizer, rows = setting(case)
-    run = kb.train(
-        "on_policy_distillation",
-        student=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        data=rows,
-        output=folder,
-        divergence=case["divergence"],
-        student_fraction=float(case["own_text"]),
-        max_completion=case["completion"][1] + 1,
-        steps=WARM_UP + case["steps"],
-        prompts_per_step=case["rows"],
-        learning_rate=LEARNING_RATE,
-        optimizer=OPTIMIZER,
-        evaluate={"problems": 0},
-        console=Console(quiet=True),
-        overwrite=True,
-    )
-    return [row["loss"] for row in run.metrics]
+    method, data, own = OURS[case["trains"]](case, teacher, rows)
+
+    def look_up(model: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Written:
+        fixed = {tuple(prompt_ids(tokenizer, row["prompt"])): replies_of(tokenizer, row) for row in rows}
+        texts = [ids for prompt in prompts for ids in fixed[tuple(prompt)]]
+        return Written(texts, [[0.0] * len(ids) for ids in texts], [True] * len(texts))
+
+    with contextlib.nullcontext() if case["own_text"] else mock.patch.object(sources, "generate", look_up):
+        run = kb.train(
+            method,
+            student=student,
+            tokenizer=tokenizer,
+            data=data,
+            output=folder,
+            max_completion=case["completion"][1] + 1,
+            steps=WARM_UP + case["steps"],
+            prompts_per_step=case["rows"],
+            learning_rate=LEARNING_RATE,
+            optimizer=OPTIMIZER,
+            evaluate={"problems": 0},
+            console=Console(quiet=True),
+            overwrite=True,
+            **own,
+        )
+    return [row["loss"] for row in run.metrics], [row["gradient_norm"] for row in run.metrics]
 
 
-def with_trl(case: dict[str, Any], folder: str) -> list[float]:
+def our_distillation(case: dict[str, Any], teacher: Any, rows: Rows) -> tuple[str, Any, dict[str, Any]]:
+    data = [{"prompt": row["prompt"], "completion": row["replies"][0]} for row in rows]
+    own = {"teacher": teacher, "divergence": case["divergence"], "student_fraction": float(case["own_text"])}
+    return "on_policy_distillation", data, own
+
+
+def our_grpo(case: dict[str, Any], teacher: Any, rows: Rows) -> tuple[str, Any, dict[str, Any]]:
+    data = [{"prompt": row["prompt"], "answer": "graded by the function"} for row in rows]
+    task = {"data": data, "verifier": lambda problem, text: grade(text), "held_out": 0}
+    return "grpo", task, {"samples": case["samples"], "clip": (0.2, 0.2)}
+
+
+def our_dpo(case: dict[str, Any], teacher: Any, rows: Rows) -> tuple[str, Any, dict[str, Any]]:
+    data = [{"prompt": row["prompt"], **dict(zip(SIDES, row["replies"], strict=True))} for row in rows]
+    return "dpo", {"data": data, "held_out": 0}, {}
+
+
+def with_trl(case: dict[str, Any], folder: str) -> Steps:
+    import trl
     from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
 
     student, teacher, tokenizer, rows = setting(case)
-    conversational = tokenizer.chat_template is not None
-    fixed = {
-        tuple(prompt_ids(tokenizer, row["prompt"])): reply_ids(
-            tokenizer, row["prompt"], [{"role": "assistant", "content": row["completion"]}]
-        )[0]
-        for row in rows
-    }
+    name, found = THEIRS[case["trains"]]
+    data, own, players = found(case, student, teacher, rows)
+    if tokenizer.chat_template is None:  # the texts themselves, which TRL joins as they stand
+        apart = {"prompt": " "}
+        data = [{key: turns[0]["content"] + apart.get(key, "") for key, turns in row.items()} for row in data]
+    fixed = {tuple(prompt_ids(tokenizer, row["prompt"])): cycle(replies_of(tokenizer, row)) for row in rows}
     losses: list[torch.Tensor] = []
+    norms: list[torch.Tensor] = []
 
-    class Distillation(DistillationTrainer):
-        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    class Trainer(getattr(trl, f"{name}Trainer")):  # type: ignore[misc]
+        """Notes what its steps give; where the text is fixed, looks it up instead of writing it."""
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
             if case["own_text"]:
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            return [fixed[tuple(ids)] for ids in prompt_ids]
+            texts = [next(fixed[tuple(ids)]) for ids in prompt_ids]
+            return (texts, None) if name == "GRPO" else texts
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             losses.append(loss.detach())
             return loss
 
-    args = DistillationConfig(
+        def _clip_grad_norm(self, model: Any) -> Any:
+            norms.append(super()._clip_grad_norm(model))
+            return norms[-1]
+
+    arguments = getattr(trl, f"{name}Config")(
         output_dir=folder,
         max_steps=WARM_UP + case["steps"],
-        per_device_train_batch_size=case["rows"],
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim=OPTIMIZER,
-        beta=BETA[case["divergence"]],
-        max_completion_length=case["completion"][1] + 1,
         bf16=False,
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
@@ -198,141 +247,52 @@ def with_trl(case: dict[str, Any], folder: str) -> list[float]:
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **own,
     )
-    prompts = [row["prompt"] if conversational else row["prompt"][0]["content"] for row in rows]
-    trainer = Distillation(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
+    trainer = Trainer(
+        model=student, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer, **players
     )
     trainer.train()
-    return [float(loss) for loss in losses]
+    return [float(loss) for loss in losses], [float(norm) for norm in norms]
 
 
-def grade(text: str) -> float:
-    """Half of all texts are right, whoever writes them."""
-    return float(zlib.crc32(text.encode()) % 2)
+def their_distillation(case: dict[str, Any], student: Any, teacher: Any, rows: Rows) -> Theirs:
+    own = {"per_device_train_batch_size": case["rows"], "beta": BETA[case["divergence"]]}
+    return every_step(case, rows), own | written(case), {"teacher_model": teacher}
 
 
-def train_ours(method: str, case: dict[str, Any], folder: str, data: Any, **options: Any) -> list[float]:
-    from rich.console import Console
-
-    student, _, tokenizer, _ = setting(case)
-    run = kb.train(
-        method,
-        student=student,
-        tokenizer=tokenizer,
-        data=data,
-        output=folder,
-        max_completion=case["completion"][1] + 1,
-        steps=WARM_UP + case["steps"],
-        prompts_per_step=case["rows"],
-        learning_rate=LEARNING_RATE,
-        optimizer=OPTIMIZER,
-        evaluate={"problems": 0},
-        console=Console(quiet=True),
-        overwrite=True,
-        **options,
-    )
-    return [row["loss"] for row in run.metrics]
-
-
-def their_options(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "max_steps": WARM_UP + case["steps"],
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": OPTIMIZER,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-
-
-def losses_of(trainer: Any) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def grpo_with_kullback(case: dict[str, Any], folder: str) -> list[float]:
-    _, _, _, rows = setting(case)
-    data = {
-        "data": [{"prompt": row["prompt"], "answer": "graded by the function"} for row in rows],
-        "verifier": lambda problem, text: grade(text),
-        "held_out": 0,
-    }
-    return train_ours("grpo", case, folder, data, samples=case["samples"], clip=(0.2, 0.2))
-
-
-def grpo_with_trl(case: dict[str, Any], folder: str) -> list[float]:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    student, _, tokenizer, rows = setting(case)
-    conversational = tokenizer.chat_template is not None
-    prompts = [row["prompt"] if conversational else row["prompt"][0]["content"] for row in rows]
-
-    def reward(completions: list[Any], **_: Any) -> list[float]:
+def their_grpo(case: dict[str, Any], student: Any, teacher: Any, rows: Rows) -> Theirs:
+    def graded(completions: list[Any], **_: Any) -> list[float]:
         return [grade(text if isinstance(text, str) else text[0]["content"]) for text in completions]
 
-    arguments = GRPOConfig(
-        **their_options(case, folder),
-        per_device_train_batch_size=case["rows"] * case["samples"],
-        num_generations=case["samples"],
-        max_completion_length=case["completion"][1] + 1,
-        beta=0.0,
-    )
-    trainer = GRPOTrainer(
-        model=student,
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return losses_of(trainer)
+    own = {"per_device_train_batch_size": case["rows"] * case["samples"], "num_generations": case["samples"]}
+    return every_step(case, rows), own | written(case), {"reward_funcs": graded}
 
 
-def dpo_with_kullback(case: dict[str, Any], folder: str) -> list[float]:
-    _, _, _, rows = setting(case)
-    return train_ours("dpo", case, folder, {"data": rows, "held_out": 0})
+def their_dpo(case: dict[str, Any], student: Any, teacher: Any, rows: Rows) -> Theirs:
+    order = torch.randperm(len(rows), generator=generator(0, "epoch", 0)).tolist()  # as kullback draws them
+    data = [
+        {"prompt": rows[i]["prompt"]}
+        | {side: [{"role": "assistant", "content": text}] for side, text in zip(SIDES, rows[i]["replies"], strict=True)}
+        for i in order
+    ]
+    own = {"per_device_train_batch_size": case["rows"], "train_sampling_strategy": "sequential"}
+    return data, own, {"ref_model": copy.deepcopy(student)}
 
 
-def dpo_with_trl(case: dict[str, Any], folder: str) -> list[float]:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+def every_step(case: dict[str, Any], rows: Rows) -> list[dict[str, Any]]:
+    """The same prompts at every step of one epoch: a new epoch costs more than a step."""
+    return [{"prompt": row["prompt"]} for _ in range(WARM_UP + case["steps"]) for row in rows]
 
-    student, _, tokenizer, rows = setting(case)
-    if tokenizer.chat_template is not None:
-        rows = [row | {side: [{"role": "assistant", "content": row[side]}] for side in SIDES} for row in rows]
-    else:
-        rows = [row | {"prompt": row["prompt"][0]["content"] + " "} for row in rows]
-    arguments = DPOConfig(**their_options(case, folder), per_device_train_batch_size=case["rows"])
-    trainer = DPOTrainer(
-        model=student,
-        ref_model=copy.deepcopy(student),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    return losses_of(trainer)
+
+def written(case: dict[str, Any]) -> dict[str, Any]:
+    return {"max_completion_length": case["completion"][1] + 1, "shuffle_dataset": False}
 
 
 SIDES = ("chosen", "rejected")
-RUN: dict[str, Callable[[dict[str, Any], str], list[float]]] = {"kullback": with_kullback, "TRL": with_trl}
-TRAINS: dict[str, dict[str, Callable[[dict[str, Any], str], list[float]]]] = {
-    "distillation": RUN,
-    "grpo": {"kullback": grpo_with_kullback, "TRL": grpo_with_trl},
-    "dpo": {"kullback": dpo_with_kullback, "TRL": dpo_with_trl},
-}
+OURS = {"distillation": our_distillation, "grpo": our_grpo, "dpo": our_dpo}
+THEIRS = {"distillation": ("Distillation", their_distillation), "grpo": ("GRPO", their_grpo), "dpo": ("DPO", their_dpo)}
+RUN: dict[str, Callable[[dict[str, Any], str], Steps]] = {"kullback": with_kullback, "TRL": with_trl}
 
 
 class Clock(transformers.TrainerCallback):
@@ -362,12 +322,13 @@ def turn(who: str, case: dict[str, Any]) -> dict[str, Any]:
     transformers.trainer.DEFAULT_CALLBACKS.append(Clock)
     before = harness.resident()
     with tempfile.TemporaryDirectory() as folder:
-        losses = TRAINS[case.get("trains", "distillation")][who](case, folder)
+        losses, norms = RUN[who](case, folder)
     ends = Clock.ends[WARM_UP - 1 :]
     peak = Clock.peaks[-1]
     return {
         "seconds": [b - a for a, b in pairwise(ends)],
         "losses": losses,
+        "gradient_norms": norms,
         "peak_bytes": None if peak is None else peak - before,
     }
 
@@ -382,25 +343,30 @@ def in_a_process(who: str, name: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokens_per_step(case: dict[str, Any]) -> int:
-    _, _, tokenizer, rows = setting(case | {"student": case["student"]})
+    """Scored tokens; of DPO, whose steps differ, on average."""
+    _, _, tokenizer, rows = setting(case)
     if case["own_text"]:
-        return case["rows"] * case.get("samples", 1) * (case["completion"][1] + 1)
-    if case.get("trains") == "dpo":  # of an average step: which pairs come together differs
-        texts = [(row["prompt"], [{"role": "assistant", "content": row[side]}]) for row in rows for side in SIDES]
-        total = sum(len(reply_ids(tokenizer, prompt, reply)[0]) for prompt, reply in texts)
-        return round(total / (WARM_UP + case["steps"]))
-    replies = ([{"role": "assistant", "content": row["completion"]}] for row in rows)
-    return sum(len(reply_ids(tokenizer, row["prompt"], reply)[0]) for row, reply in zip(rows, replies, strict=True))
+        return case["rows"] * case["samples"] * (case["completion"][1] + 1)
+    return round(sum(len(ids) for row in rows for ids in replies_of(tokenizer, row)) * case["rows"] / len(rows))
+
+
+def check(found: dict[str, dict[str, Any]]) -> None:
+    """Refuse contestants that do not take the same steps."""
+    for what, tolerance in (("losses", TOLERANCE), ("gradient_norms", OF_NORMS)):
+        harness.agree({who: tuple(one[what]) for who, one in found.items()}, tolerance)
 
 
 def compare(name: str, case: dict[str, Any], turns: int) -> list[dict[str, Any]]:
     tokens = tokens_per_step(case)
+    if case["own_text"]:
+        shorter = {"completion": (case["completion"][1] // 2, case["completion"][1]), "rows": 2, "steps": 0}
+        check({who: in_a_process(who, name, case | {"own_text": False} | shorter) for who in WHO})
     found: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
     for number in range(turns):
         for who in WHO[number % 2 :] + WHO[: number % 2]:
             found[who].append(in_a_process(who, name, case))
-    if not case["own_text"] and case.get("trains") != "dpo":  # the two shuffle pairs differently
-        harness.agree({who: tuple(found[who][0]["losses"]) for who in WHO}, TOLERANCE)
+    if not case["own_text"]:
+        check({who: found[who][0] for who in WHO})
     rows = []
     for who in WHO:
         seconds = [statistics.median(one["seconds"]) for one in found[who]]
@@ -416,6 +382,7 @@ def compare(name: str, case: dict[str, Any], turns: int) -> list[dict[str, Any]]
                 "speed_over_trl": statistics.median(b / a for a, b in zip(seconds, against, strict=True)),
                 "peak_bytes": statistics.median(peaks) if peaks else None,
                 "losses": found[who][0]["losses"][:4],
+                "gradient_norms": found[who][0]["gradient_norms"][:4],
             }
         )
         print(
@@ -426,15 +393,20 @@ def compare(name: str, case: dict[str, Any], turns: int) -> list[dict[str, Any]]
     return rows
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    rows, loads = [], [harness.other_load()]
-    for name, case in CASES.items():
-        if quick:
-            tiny = {} if isinstance(case["student"], str) else {"student": (1, 128), "teacher": (1, 256), "vocab": 512}
-            case = case | tiny | {"steps": 1}
-        rows += compare(name, case, 1 if quick else TURNS)
-        loads.append(harness.other_load())
-    return {"turns": TURNS, "dtype": "float32", "other_load": loads, "rows": rows}
+def piece(name: str, quick: bool) -> list[dict[str, Any]]:
+    case = CASES[name]
+    if quick:
+        tiny = {} if isinstance(case["student"], str) else {"student": (1, 128), "teacher": (1, 256), "vocab": 512}
+        case = case | tiny | {"steps": 1}
+    return compare(name, case, 1 if quick else TURNS)
+
+
+PIECES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {name: partial(piece, name) for name in CASES}
+
+
+def run(quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
+    """All cases, or some."""
+    return {"dtype": "float32", "pieces": harness.in_pieces("steps", PIECES, quick, only)}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from kullback.cli import app
 from kullback.lm.method import methods
 
 TRAIN, LOOK = ("train", "compare", "evaluate", "report"), ("explain", "inspect")
-COMMANDS = (*TRAIN, *LOOK, "methods", "divergences", "papers", "reproduce", "schema", "doctor")
+COMMANDS = (*TRAIN, *LOOK, "diffusion", "methods", "divergences", "papers", "reproduce", "schema", "doctor")
 EVALUATED = ("embedded:student", "--task", "embedded:arithmetic")
 SHORT = [
     "train.steps=2",

@@ -19,8 +19,8 @@ from kullback.diffusion import (
     matching_loss,
     two_modes,
 )
+from kullback.diffusion.exact import estimated_gradient, numeric_gradient, weight_variance
 from kullback.divergence import FDivergence, divergence
-from kullback.papers.p06_f_distill import divergence_between, estimated_gradient
 from kullback.run.learner import fit
 from tests.divergence.table import GENERATORS
 
@@ -70,19 +70,10 @@ def test_the_weights_of_the_papers_table(name):
 
 @pytest.mark.parametrize("name", CARD)
 def test_the_exact_gradient_of_the_card_and_finite_differences(name):
-    gaussians = ((1.0, 0.8), 0.5)
-    found = estimated_gradient(name, 0.9, 0.4, *gaussians)
+    case = (name, 0.9, 0.4, (1.0, 0.8), 0.5)
+    found = estimated_gradient(*case)
     assert found == pytest.approx(CARD[name], abs=1.5e-6)
-    step = 1e-4
-    numeric = [
-        (
-            divergence_between(name, 0.9 + da, 0.4 + db, *gaussians)
-            - divergence_between(name, 0.9 - da, 0.4 - db, *gaussians)
-        )
-        / (2 * step)
-        for da, db in ((step, 0), (0, step))
-    ]
-    assert found == pytest.approx(numeric, abs=1e-6)
+    assert found == pytest.approx(numeric_gradient(*case), abs=1e-6)
 
 
 # The whole student step, with exact networks put in
@@ -170,6 +161,46 @@ def test_reverse_kl_is_dmd2():
     torch.testing.assert_close(
         found, torch.cat([p.grad.flatten() for p in made.student.parameters()]), rtol=1e-5, atol=1e-7
     )
+
+
+def test_real_samples_get_the_high_logits_and_the_student_wants_them():
+    """Both of the discriminator's terms and the student's are cross-entropies with the label real = 1."""
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    made = learner(gan=0.1)
+    batch = made.draw(0)
+    with torch.no_grad():
+        x = made.student(batch["latent"])
+        fake = made.ratio(x + batch["sigma"][:, None] * batch["noise"], batch["sigma"])
+        noised_real = batch["real"] + batch["real_sigma"][:, None] * batch["real_noise"]
+        real = made.ratio(noised_real, batch["real_sigma"])
+        _, told = made.score_terms(batch)
+        _, wanted = made.student_terms(batch)
+    parts = entropy(fake, torch.zeros_like(fake)) + entropy(real, torch.ones_like(real))
+    torch.testing.assert_close(told.value.mean(), parts)
+    torch.testing.assert_close(wanted.value.mean(), entropy(fake, torch.ones_like(fake)))
+    assert wanted.coefficient == 0.1
+
+
+def test_the_models_score_is_learned_from_the_students_samples():
+    """The denoising error against G(z), not against data, on EDM's weight; the student takes no gradient from it."""
+    made = learner()
+    batch = made.draw(0)
+    denoise, _ = made.score_terms(batch)
+    x, sigma = made.student(batch["latent"]).detach(), batch["sigma"]
+    answer = made.fake(x + sigma[:, None] * batch["noise"], sigma)
+    expected = (1 / sigma**2 + 1 / 2.0**2) * (answer - x).square().mean(1)
+    torch.testing.assert_close(denoise.value, expected)
+    denoise.value.mean().backward()
+    assert made.student.a.grad is None
+
+
+def test_weights_carry_no_gradient():
+    log_ratio = torch.linspace(-2, 2, 8, requires_grad=True)
+    weights = RatioWeights(divergence("jeffreys"), NOISE)
+    h, held = weights(log_ratio, torch.ones(8))
+    assert not h.requires_grad
+    assert not held.requires_grad
+    assert not weights.means.requires_grad
 
 
 def test_no_gradient_reaches_teacher_fake_or_ratio_in_the_student_step():
@@ -277,26 +308,28 @@ def test_bins_in_sigma_share_one_bin_on_the_edm_grid():
     [("forward_kl", math.e - 1), ("jeffreys", (math.e - 1) / 4), ("squared_hellinger", math.exp(0.25) - 1)],
 )
 def test_variance_of_normalised_weights_for_shifted_gaussians(name, variance):
-    """Two unit Gaussians one apart; by the trapezoid rule under the model."""
-    x = torch.linspace(-14, 14, 20_001, dtype=torch.float64)
-    model, target = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(1.0, 1.0)
-    p = model.log_prob(x).double().exp()
-    h = divergence(name).curvature(target.log_prob(x) - model.log_prob(x))
-    mean = torch.trapezoid(p * h, x)
-    assert (torch.trapezoid(p * h**2, x) / mean**2 - 1).item() == pytest.approx(variance, rel=1e-6)
+    """Two unit Gaussians one apart: by quadrature, and for the weights as a run has them, up to sampling."""
+    assert weight_variance(name, 1.0) == pytest.approx(variance, rel=1e-6)
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h, _ = RatioWeights(divergence(name), NOISE, clip=None, stage1=False)(x - 0.5, torch.ones(len(x)))
+    assert h.var().item() == pytest.approx(variance, rel=0.1)
 
 
 def test_the_normalisers_differ_by_a_factor_per_sample():
     g = torch.Generator().manual_seed(0)
     x, teacher, fake = torch.randn(3, 5, 2, generator=g, dtype=torch.float64)
-    sigma, h = torch.full((5,), 2.0, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    sigma, h = torch.linspace(0.1, 4, 5, dtype=torch.float64), torch.rand(5, generator=g, dtype=torch.float64)
     x.requires_grad_()
-    grads = [
-        torch.autograd.grad(matching_loss(x, teacher, fake, h, sigma, kind).sum(), x)[0] for kind in ("none", "dmd")
-    ]
-    torch.testing.assert_close(grads[0], (fake - teacher) / 4 / 2)
+    none, level, dmd = (
+        torch.autograd.grad(matching_loss(x, teacher, fake, h, sigma, kind, 0.7).sum(), x)[0]
+        for kind in ("none", "level", "dmd")
+    )
+    variance = sigma[:, None] ** 2
+    torch.testing.assert_close(none, h[:, None] * (fake - teacher) / variance / 2)
+    posterior = (1 / variance + 1 / 0.7**2) ** -0.5  # deviation of x0 given x_t, for Gaussian data
+    torch.testing.assert_close(level, none * variance / posterior)
     distance = (x - teacher).abs().mean(1, keepdim=True).detach() + 1e-6
-    torch.testing.assert_close(grads[1], grads[0] * 4 / distance)
+    torch.testing.assert_close(dmd, none * variance / distance)
 
 
 # Bad input, counts, resuming

@@ -1,25 +1,32 @@
-"""Noise, data, networks and the whole `distil`: EDM's identities, exact scores, and one clear error for bad input."""
+"""Noise, data, networks and measures: EDM's identities, exact scores, and one clear error for bad input."""
 
 import math
+import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from kullback.diffusion import (
+    Affine,
     Denoiser,
-    Images,
     Noise,
     Scheduled,
     TeacherHead,
     Unet,
+    coverage,
     distil,
+    energy_distance,
     folder,
+    from_diffusers,
     load,
+    modes,
+    new_denoiser,
+    pretrained,
     ring,
     sample,
     two_modes,
-    unet,
 )
 
 
@@ -98,24 +105,6 @@ def test_digits_are_images():
     assert (found.images.min(), found.images.max()) == (-1, 1)
 
 
-def test_a_whole_run_leaves_a_directory_and_goes_on(tmp_path):
-    options = {"steps": 12, "batch": 16, "width": 8, "warmup": 2, "save_every": 5, "log_every": 1}
-    run = distil("two_modes", "jsd(0.5)", tmp_path / "run", **options)
-    assert run.sample(5).shape == (5, 2)
-    for name in ("samples.png", "model/student.safetensors", "metrics.jsonl", "recipe.yaml", "objective.txt"):
-        assert (tmp_path / "run" / name).stat().st_size > 0
-    assert [row["step"] for row in run.metrics] == list(range(1, 13))
-    with pytest.raises(ValueError, match="is already there"):
-        distil("two_modes", "jsd(0.5)", tmp_path / "run", **options)
-
-
-def test_a_teacher_is_trained_for_images(tmp_path):
-    images = Images(torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    run = distil(images, "forward_kl", tmp_path / "run", steps=6, teacher_steps=3, batch=8, width=8, warmup=0)
-    assert run.sample(3).shape == (3, 1, 4, 4)
-    assert not any(p.requires_grad for p in run.teacher.parameters())
-
-
 SMALL = {
     "sample_size": 8,
     "in_channels": 1,
@@ -132,7 +121,9 @@ SMALL = {
 @pytest.mark.parametrize("embedding", ["positional", "fourier"])
 def test_a_unet_of_diffusers_is_a_network_and_its_middle_feeds_a_discriminator(embedding):
     pytest.importorskip("diffusers")
-    teacher = Denoiser(Unet(unet(**SMALL, time_embedding_type=embedding)), 0.5).requires_grad_(False)
+    teacher = Denoiser(Unet(from_diffusers("UNet2DModel")(**SMALL, time_embedding_type=embedding)), 0.5).requires_grad_(
+        False
+    )
     x, sigma = torch.randn(3, 1, 8, 8, requires_grad=True), torch.tensor([0.1, 1.0, 10.0])
     assert teacher(x, sigma).isfinite().all()
     head = TeacherHead(teacher, "network.unet.mid_block", x, sigma)
@@ -167,3 +158,119 @@ def test_a_network_of_a_scheduler_denoises_alike(predicts, name):
     sigma = teacher.sigmas[steps]
     x = truth + sigma.reshape(-1, 1, 1, 1) * torch.randn(truth.shape)
     torch.testing.assert_close(teacher(x, sigma), truth, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
+def test_the_loss_of_a_scheduled_network_is_that_of_its_own_answer(predicts):
+    """weight * error of x0 = error of the answer, for two answers that differ."""
+    diffusers = pytest.importorskip("diffusers")
+
+    class Says(nn.Module):
+        def forward(self, noised, timestep):
+            return self.answer
+
+    teacher = Scheduled(Says(), diffusers.DDPMScheduler(prediction_type=predicts))
+    sigma = teacher.sigmas[torch.tensor([10, 200, 500, 900])]
+    x, *answers = torch.randn(3, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for teacher.network.answer in answers:
+        found.append(teacher(x, sigma))
+    error = (found[0] - found[1]).square().flatten(1).mean(1)
+    own = (answers[0] - answers[1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(teacher.loss_weight(sigma) * error, own, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_pipeline_of_diffusers_is_a_teacher(tmp_path, scheduler):
+    """Random weights, saved as diffusers saves them; both classes are read from their own settings."""
+    pytest.importorskip("diffusers")
+    network = from_diffusers("UNet2DModel")(**SMALL)
+    network.save_pretrained(tmp_path / "unet")
+    from_diffusers(scheduler, "scheduler")(prediction_type="v_prediction").save_pretrained(tmp_path / "scheduler")
+    teacher = pretrained(str(tmp_path))
+    assert teacher.predicts == "v_prediction"
+    x, sigma = torch.randn(2, 1, 8, 8), teacher.sigmas[torch.tensor([100, 700])]
+    alpha = (1 + sigma**2).rsqrt().reshape(-1, 1, 1, 1)
+    v = network(alpha * x, torch.tensor([100, 700])).sample
+    expected = alpha * (alpha * x) - (1 - alpha**2).sqrt() * v  # VP: x0 = alpha x_t - s v
+    torch.testing.assert_close(teacher(x, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_network_and_scheduler_by_name():
+    pytest.importorskip("diffusers")
+    denoiser = new_denoiser("UNet2DModel", None, (1, 8, 8), 0.5, 32)
+    assert isinstance(denoiser, Denoiser)
+    assert denoiser.network.unet.config.block_out_channels == [8, 16]
+    scheduled = new_denoiser({**SMALL, "name": "UNet2DModel"}, "DDIMScheduler", (1, 8, 8), 0.5, 32)
+    assert isinstance(scheduled, Scheduled)
+    assert scheduled.predicts == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("UNet2DModl", None, (1, 8, 8)), "network='UNet2DModl': diffusers has no network .* did you mean UNet2DModel"),
+        (("UNet2DModel", "DDPMSchedular", (1, 8, 8)), "scheduler='DDPMSchedular': .* did you mean DDPMScheduler"),
+        (("UNet2DModel", "FlowMatchEulerDiscreteScheduler", (1, 8, 8)), "has no alphas_cumprod; use DDPMScheduler"),
+        (("UNet2DModel", None, (2,)), "network='UNet2DModel' is for images, but a sample has shape"),
+        (("UNet2DModel", None, (1, 7, 9)), "network='UNet2DModel' does not take samples of shape"),
+        (({**SMALL, "in_channels": 3}, None, (1, 8, 8)), "network='UNet2DModel' does not take samples of shape"),
+        (("mlp", "DDPMScheduler", (2,)), "scheduler='DDPMScheduler' needs a network of diffusers"),
+    ],
+)
+def test_networks_that_cannot_be(arguments, said):
+    pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match=said):
+        new_denoiser(*arguments, 0.5, 32)
+
+
+@pytest.mark.parametrize(
+    ("module", "asks"),
+    [
+        ("sklearn.datasets", lambda: load("digits")),
+        ("diffusers", lambda: new_denoiser("UNet2DModel", None, (1, 8, 8), 0.5, 32)),
+        ("diffusers", lambda: pretrained("somewhere")),
+    ],
+)
+def test_a_missing_extra_is_named_with_how_to_install_it(monkeypatch, module, asks):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape('pip install "kullback[diffusion]"')):
+        asks()
+
+
+def test_an_affine_student():
+    student = Affine((2, 3), 2.0, offset=torch.arange(6.0).reshape(2, 3))
+    z = torch.randn(5, 2, 3)
+    torch.testing.assert_close(student(z), 2 * z + torch.arange(6.0).reshape(2, 3))
+
+
+# Measures
+
+
+def test_modes_that_are_covered():
+    at = two_modes().means
+    samples = torch.cat([at[:1].repeat(95, 1), at[1:].repeat(4, 1), torch.tensor([[0.0, 9.0]])])
+    assert modes(samples, two_modes()) == (2, pytest.approx(0.99))
+    fewer = torch.cat([samples[:97], at[:1].repeat(3, 1)])  # 2 % of the samples at the mode of 30 %
+    assert modes(fewer, two_modes())[0] == 1
+
+
+def test_the_energy_distance_is_scipys():
+    """scipy's is the root, and counts each sample's distance to itself."""
+    stats = pytest.importorskip("scipy.stats")
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 1, generator=g), 0.5 + 2 * torch.randn(80, 1, generator=g)
+    within = [torch.cdist(part, part).sum().item() / len(part) ** 2 for part in (x, y)]
+    biased = energy_distance(x, y) + sum(w / (len(part) - 1) for w, part in zip(within, (x, y), strict=True))
+    assert biased == pytest.approx(stats.energy_distance(x[:, 0], y[:, 0]) ** 2, rel=1e-5)
+    assert abs(energy_distance(*torch.randn(2, 1000, 3, generator=g))) < 0.01
+
+
+def test_coverage_by_counting():
+    data = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
+    near = torch.tensor([[0.0], [1.0], [2.0], [10.0]]) + 0.1
+    assert coverage(data, near, neighbours=1) == 1.0
+    assert coverage(data, torch.tensor([[0.9]]), neighbours=1) == 0.5  # reach 1, 1, 1 and 8: 0 and 1; 2 is 1.1 away
+    assert coverage(data, torch.tensor([[0.9]]), neighbours=2) == 0.75  # reach 2, 1, 2 and 9
+    with pytest.raises(ValueError, match="no 5-th neighbour"):
+        coverage(data, near)

@@ -36,6 +36,8 @@ def test_joint_curves(name, apart):
     again = model.clone()
     torch.testing.assert_close(kernels.eager_rows(TABLE[name], target.clone(), again, ONE), expected, rtol=1e-9, atol=0)
     assert (again - slope).norm() <= 1e-9 * slope.norm()
+    alone = kernels.eager_rows(TABLE[name], target.clone(), model.clone(), ONE, with_gradient=False)
+    torch.testing.assert_close(alone, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("apart", [1e-3, 1e-2, 1.0, 10.0])

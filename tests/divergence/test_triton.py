@@ -1,11 +1,10 @@
 """The printed Triton kernels equal `plain_rows` in float64: on a GPU where there is one, else in Triton's interpreter.
 
-Triton decides once per process whether it interprets. Without a GPU `test_in_the_interpreter` therefore runs this file
-again in a process that does; what is left here prints kernels and compiles them down to machine code.
+Triton decides at its import whether it interprets, which `tests/conftest.py` asks for where there is no GPU. Compiling
+down to machine code therefore has a process of its own.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,19 +24,9 @@ triton_curves = pytest.importorskip("kullback.divergence.triton_curves")
 triton_math = pytest.importorskip("kullback.divergence.triton_math")
 triton_rows = pytest.importorskip("kullback.divergence.triton_rows")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs inside test_in_the_interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run right here")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 80
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's, of inf and NaN
 
 
 def situations(vocab, dtype):
@@ -88,7 +77,6 @@ def check(D, target, model, loose, with_gradient=True, by=0.7):
     assert (error <= allowed + stored.tiny * stored.eps * model.shape[1] ** 0.5).all(), (error, allowed)
 
 
-@runs
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float64) for name in TABLE]
@@ -101,7 +89,6 @@ def test_every_divergence(name, dtype):
     check(TABLE[name], target.to(DEVICE), model.to(DEVICE), loose)
 
 
-@runs
 @pytest.mark.parametrize(
     ("name", "dtype", "with_gradient"),
     [
@@ -123,7 +110,6 @@ def test_sizes_and_dtypes(vocab, name, dtype, with_gradient, monkeypatch):
     assert buffer[:, vocab:].isnan().all()
 
 
-@runs
 def test_no_rows_and_no_distribution():
     kernel = triton_rows.compiled(divergence("jsd(0.5)"), torch.float32, True)
     one = torch.ones((), device=DEVICE)
@@ -136,7 +122,6 @@ def test_no_rows_and_no_distribution():
         kernel(torch.zeros(7, 3, device=DEVICE).t(), torch.zeros(3, 7, device=DEVICE), one)
 
 
-@runs
 def test_identical_rows_are_exactly_zero():
     _, model, _ = situations(40, torch.float32)
     model = model[:4].to(DEVICE)
@@ -150,7 +135,6 @@ def test_identical_rows_are_exactly_zero():
 LOGIT = st.one_of(st.floats(-30, 30), st.just(-float("inf")))
 
 
-@runs
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.sampled_from(["reverse_kl", "alpha(0.3)", "jsd(0.1)", "tv", "skew(le_cam, 0.4)"]))
 def test_any_logits(data, name):
@@ -181,7 +165,6 @@ OWN = {
 }
 
 
-@runs
 @pytest.mark.parametrize("name", OWN)
 def test_a_users_own(name):
     """Far out the tails are fitted, by `plain_rows` and the kernel alike."""
@@ -190,7 +173,6 @@ def test_a_users_own(name):
     check(own(OWN[name]), target[rows].to(DEVICE), model[rows].to(DEVICE), 100 * loose[rows])
 
 
-@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["expm1", "log1p", "tanh"])
 def test_functions_keep_their_digits(name, dtype):
@@ -212,7 +194,6 @@ def test_functions_keep_their_digits(name, dtype):
     assert ((out.double().cpu() - exact).abs() <= eps * slack * exact.abs()).all()
 
 
-@runs
 def test_linear_takes_the_kernel(monkeypatch):
     """Through `linear`, with every option of the head, against the eager path."""
     monkeypatch.setattr(kernels, "TRITON_DEVICES", (DEVICE,))
@@ -260,7 +241,6 @@ def test_auto_wants_a_large_problem(monkeypatch):
     assert asked == [(torch.float32, torch.device("cpu"), True)]
 
 
-@compiles
 def test_every_divergence_has_a_source():
     """All that the tables need is there, also for GPUs; a name cannot end the comment that it stands in."""
     for D in TABLE.values():
@@ -271,38 +251,26 @@ def test_every_divergence_has_a_source():
     assert "\nimport" not in triton_curves.source(odd, torch.float32)
 
 
-@compiles
-@pytest.mark.parametrize(("name", "logits"), [("jsd(0.1)", "fp32"), ("own_softened", "bf16")])
-def test_it_compiles_for_hopper(name, logits, tmp_path):
+def test_it_compiles_for_hopper(tmp_path):
     """Down to machine code for compute capability 9.0, which needs no GPU; and it spills no registers."""
     nvidia = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not ((nvidia / "ptxas").exists() and (nvidia / "cuobjdump").exists()):
         pytest.skip("this Triton comes without ptxas and cuobjdump")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    text = triton_curves.source(TABLE[name], torch.float32)
-    tile, warps = triton_rows.shape(151_936, triton_rows.largest_tile(text))
-    constants = {
-        "POINTWISE": triton_curves.jitted(text),
-        "DTYPE": tl.float32,
-        "TILE": tile,
-        "GRADIENT": True,
-    }
-    signature = {"target": f"*{logits}", "model": f"*{logits}", "factor": "*fp32", "values": "*fp32"}
-    signature |= dict.fromkeys(("target_stride", "model_stride", "vocab"), "i32") | dict.fromkeys(
-        constants, "constexpr"
-    )
-    aligned = {(at,): [["tt.divisibility", 16]] for at in (0, 1, 4, 5, 6)}
-    made = triton.compile(
-        ASTSource(triton_rows.divergence_rows, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
-    )
-    assert ".target sm_90" in made.asm["ptx"]
-    (tmp_path / "cubin").write_bytes(made.asm["cubin"])
-    command = [nvidia / "cuobjdump", "-res-usage", tmp_path / "cubin"]
-    used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", used).groups()
-    assert int(registers) * 32 * warps <= 2**16
-    assert int(stack) == 0
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.divergence.for_hopper",
+        nvidia,
+        tmp_path,
+        "jsd(0.1)=fp32",
+        "own_softened=bf16",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    used = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(used) == 2
+    for registers, stack, warps in used:
+        assert 0 < registers * 32 * warps <= 2**16
+        assert stack == 0

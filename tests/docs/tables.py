@@ -26,10 +26,17 @@ def rows(head: list[str], body: list[list[str]]) -> str:
 def methods(page: Path) -> str:
     body = []
     for row in describe_methods():
-        own = ", ".join(f"`{name}`" for name in row["own"].split(", ") if name)
         paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else ""
-        body.append([f"`{row['name']}`", row["what"], row["text"], own, paper])
-    return rows(["method", "what it does", "whose text", "its own fields", "arXiv"], body)
+        body.append([f"`{row['name']}`", row["what"], row["text"], paper])
+    return rows(["method", "what it does", "whose text", "arXiv"], body)
+
+
+def method_fields(page: Path) -> str:
+    body = []
+    for row in describe_methods():
+        own = ", ".join(f"`{name}`" for name in row["own"].split(", ") if name)
+        body.append([f"`{row['name']}`", own or "none"])
+    return rows(["method", "its own fields"], body)
 
 
 def papers(page: Path) -> str:
@@ -85,7 +92,7 @@ def peer_settings(page: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    function.__name__: function for function in (methods, papers, working_papers, family, peer_settings)
+    function.__name__: function for function in (methods, method_fields, papers, working_papers, family, peer_settings)
 }
 
 

@@ -31,6 +31,13 @@ def test_a_root_keeps_its_digits_however_small(exponent, falling):
     assert found.item() == pytest.approx(root, rel=1e-13)
 
 
+def test_a_smooth_function_is_asked_far_less_often_than_by_bisection():
+    """Which would need log2(100 / 2^-52) = 59 values."""
+    asked = []
+    find_root(lambda x: asked.append(x) or x**3 + x - 7, tensor(-50.0), tensor(50.0))
+    assert len(asked) < 25
+
+
 def test_ends_jumps_and_infinities():
     assert find_root(lambda x: x, tensor(0.0), tensor(3.0)).item() == 0
     assert find_root(lambda x: x - 3, tensor(0.0), tensor(3.0)).item() == 3

@@ -1,10 +1,12 @@
-"""One of two gloo processes with a student in shards: `python -m tests.lm.sharded_two HOW,... METHOD FOLDER`.
+"""One of two gloo processes with a student in shards: `python -m tests.lm.sharded_two HOW,... METHOD,... FOLDER`.
 
 HOW: "root" leaves the head whole after the forward pass, "freed" shards it again, "accelerate" shards with accelerate's
-own function, "fsdp1" is the older wrapper; "-tied" after it ties head and embedding. Writes, for each, the loss, the
-whole gradient by name, and how often the head was gathered, or the sentence with which it was refused.
+own function, "fsdp1" is the older wrapper; "-tied" after it ties head and embedding. Writes, for each and each method,
+the loss, the whole gradient by name, and how often the head was gathered, or the sentence with which it was refused;
+and, where there are shards, the saved model. With "grpo" the student writes and is scored, by rank 1 more often.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -19,6 +21,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from kullback.lm.engine import Engine
+from kullback.lm.players import copy_weights
+from kullback.lm.shards import in_shards, whole, whole_state
 from tests.lm.small import make, make_moment, random_model
 
 
@@ -62,6 +66,8 @@ def step(how: str, name: str, folder: Path) -> None:
         at.players["student"] = random_model(1, tie_word_embeddings=True)
     student = at.model("student")
     wrapped = shard(student, kind)
+    if in_shards(wrapped) and name == "grpo":
+        saved_and_copied(wrapped, random_model(4, tie_word_embeddings=bool(tied)), folder / how)
     engine = Engine(method, at, micro_batches=2)
     total, counted = torch.zeros(()), len(gathers)
     for micro in engine.prepare(0):
@@ -72,12 +78,29 @@ def step(how: str, name: str, folder: Path) -> None:
     dist.all_reduce(total)
     found = {n: p.grad.full_tensor() for n, p in student.named_parameters() if p.grad is not None}
     if rank == 0:
-        torch.save(found, folder / f"{how}.pt")
-        (folder / f"{how}.json").write_text(json.dumps({"loss": float(total), "gathers": counted}))
+        torch.save(found, folder / f"{how}-{name}.pt")
+        (folder / f"{how}-{name}.json").write_text(json.dumps({"loss": float(total), "gathers": counted}))
+
+
+@torch.no_grad()
+def saved_and_copied(student: Any, other: Any, folder: Path) -> None:
+    """The main process saves the weights; either copies them; inside `whole` the second calls the model alone."""
+    state = whole_state(student)
+    copy_weights(student, other, 1.0)
+    ids = torch.arange(3, 9)[None]
+    with whole(student):
+        for _ in range(int(os.environ["RANK"])):
+            assert student(input_ids=ids).logits.equal(other(input_ids=ids).logits)
+    if os.environ["RANK"] == "0":
+        student.save_pretrained(folder, state_dict=state)
+        try:
+            copy_weights(other, student, 1.0)
+        except ValueError as error:
+            (folder / "refused.txt").write_text(str(error))
 
 
 if __name__ == "__main__":
-    hows, name, folder = sys.argv[1].split(","), sys.argv[2], Path(sys.argv[3])
+    hows, names, folder = sys.argv[1].split(","), sys.argv[2].split(","), Path(sys.argv[3])
     gathers: list[tuple[int, ...]] = []
     gather = DTensor.full_tensor
 
@@ -87,9 +110,11 @@ if __name__ == "__main__":
 
     DTensor.full_tensor = counting  # type: ignore[method-assign]
     dist.init_process_group("gloo")
-    for how in hows:
+    for how, name in itertools.product(hows, names):
+        if (how, name) == ("fsdp1", "grpo"):  # refused before a run begins: it would not even write
+            continue
         try:
             step(how, name, folder)
         except ValueError as error:  # both processes see it
-            (folder / f"{how}.txt").write_text(str(error))
+            (folder / f"{how}-{name}.txt").write_text(str(error))
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kullback as kb
@@ -12,10 +12,13 @@ from kullback.lm.advantages import (
     group_advantage,
     importance,
     informative,
+    later,
+    overlong,
     sampler_gap,
     shaped_reward,
     whiten,
 )
+from kullback.lm.weights import leave_one_out
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 1.0, -1.0, float("nan")]), min_size=2, max_size=12)
 
@@ -47,6 +50,13 @@ def test_grpo_s_own_choice_is_the_z_score() -> None:
     torch.testing.assert_close(found[:4], (first - first.mean()) / (first.std() + 1e-4))
     assert found[4:].tolist() == [0.0] * 4  # not the rounding error of a mean over 1e-4
     assert informative(reward, torch.tensor([0] * 4 + [1] * 4)).tolist() == [True] * 4 + [False] * 4
+    tenths = torch.full((10,), 0.1, dtype=torch.float64)  # ten of them, added and divided, are not one
+    assert group_advantage(tenths, torch.zeros(10, dtype=torch.long), epsilon=0.0).tolist() == [0.0] * 10
+
+
+def test_an_unknown_reward_makes_no_group_informative() -> None:
+    reward = torch.tensor([1.0, torch.nan, 1.0, -1.0, torch.nan, -1.0, 1.0, 0.0, torch.nan])
+    assert informative(reward, torch.arange(9) // 3).tolist() == [False] * 6 + [True] * 3
 
 
 def test_a_shaped_reward_is_unknown_where_a_grade_is() -> None:
@@ -123,3 +133,26 @@ def test_a_divergence_s_cost_per_token() -> None:
     torch.testing.assert_close(along, local + torch.tensor([[0.2, 0.0, 0.0]]))
     whole = divergence_cost(D, target, model, scored, horizon="whole")
     torch.testing.assert_close(whole[0], torch.cat([D.link(torch.tensor([-0.5, -0.5])), torch.zeros(1)]))
+
+
+@settings(deadline=None)  # TRL is imported on the way
+@given(st.integers(1, 40), st.data())
+def test_overlong_answers_pay_as_in_trl(longest, data):
+    rewards = pytest.importorskip("trl.rewards")
+    soft = data.draw(st.integers(1, longest))
+    lengths = data.draw(st.lists(st.integers(1, longest), min_size=1, max_size=8))
+    theirs = rewards.get_soft_overlong_punishment(longest, soft)([[0] * length for length in lengths])
+    torch.testing.assert_close(overlong(torch.tensor(lengths), longest=longest, soft=soft), torch.tensor(theirs))
+
+
+@given(REWARDS, st.integers(1, 3))
+def test_a_baseline_never_has_its_own_row_nor_an_unknown_one(values, groups):
+    group = torch.arange(len(values)) % groups
+    found = leave_one_out(torch.tensor(values, dtype=torch.float64), group)
+    for i in range(len(values)):
+        others = [x for j, x in enumerate(values) if j != i and group[j] == group[i] and x == x]
+        assert float(found[i]) == pytest.approx(sum(others) / len(others) if others else 0.0, abs=1e-12)
+
+
+def test_what_comes_later_leaves_out_the_token_itself() -> None:
+    assert later(torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 5.0]])).tolist() == [[6.0, 4.0, 0.0], [5.0, 5.0, 0.0]]

@@ -26,6 +26,20 @@ def test_a_system_prompt_is_added_or_replaced() -> None:
     assert text(prompt_ids(TOKENIZER, turns, system="Be brief.")) == expected
 
 
+def test_ids_that_are_kept_follow_the_template_and_belong_to_nobody() -> None:
+    tokenizer = build_tokenizer()
+    reply = [{"role": "assistant", "content": "4"}]
+    first, (ids, origins) = prompt_ids(tokenizer, QUESTION), reply_ids(tokenizer, QUESTION, reply)
+    expected = list(first), (list(ids), list(origins))
+    for given in (first, ids, origins):
+        given.append(0)
+    assert (prompt_ids(tokenizer, QUESTION), reply_ids(tokenizer, QUESTION, reply)) == expected
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|assistant|>'", "'<|system|>'")
+    assert str(tokenizer.decode(prompt_ids(tokenizer, QUESTION))) == "<|user|>2+2?<|end|><|system|>"
+    tokenizer.eos_token = "<|user|>"
+    assert reply_ids(tokenizer, QUESTION, reply)[0][-1] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
 def test_prompt_and_reply_are_the_whole_conversation() -> None:
     reply = [
         {"role": "assistant", "content": "4"},

@@ -187,6 +187,7 @@ def test_problems_are_split_and_one_more_answer_is_kept_if_right() -> None:
     assert list(at.store[KEPT]) == ["all"]
     assert at.ledger.mean(RATE, list(grades)).tolist() == [1, 1, 0.75, 0, 0.75]
     assert at.task.errors == 1  # the nan, counted
+    assert set(at.store) == {KEPT, OPEN}  # nothing else stays in the checkpoint
     at = scripted(make("dph_rl", judge="accuracy"), grades)
     collect(at, attempts=4, threshold=3, answers=1)
     assert at.store[OPEN]["places"] == [3]
@@ -218,7 +219,7 @@ def test_everything_mastered_is_refused_and_nothing_mastered_is_not() -> None:
 
 
 def test_a_grade_that_is_not_given_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"source\.judge='good': the verifier gives accuracy"):
+    with pytest.raises(ValueError, match=r"source\.judge='good': the verifier gives no 'good'; it gives accuracy"):
         make_moment(make("dph_rl", judge="good"))
 
 
@@ -261,6 +262,10 @@ def test_the_two_kinds_of_rows_do_not_mix() -> None:
     loss.backward()
     assert any(p.grad.abs().max() > 0 for p in student.parameters() if p.grad is not None)
     metrics = engine.metrics()
+    groups = micro.rollout.group[~replayed]
+    finished = micro.rollout.rewards["finished"][~replayed]
+    unlike = [len(set(finished[groups == group].tolist())) > 1 for group in groups]
+    assert metrics["rollout/informative"] == pytest.approx(sum(unlike) / len(unlike))  # of what was drawn, not replayed
     assert metrics["term/replay"] == pytest.approx(0, abs=1e-9)
     assert metrics["replay/ratio"] == pytest.approx(1, abs=1e-4)
     kept = ~replayed[:, None] & micro["scored"]
@@ -277,6 +282,7 @@ def test_without_the_divergence_it_is_clipped_grpo_on_the_open_problems() -> Non
     other.task = dataclasses.replace(at.task, train=[at.task.train[i] for i in at.store[OPEN]["places"]])
     loss, theirs = gradient(Engine(grpo, other))
     assert ours_loss == pytest.approx(loss, abs=1e-7)
+    assert not (Engine(method, at).draw().rollout.origin == Origin.DATASET).any()
     torch.testing.assert_close(ours, theirs)
     assert float(ours.abs().max()) > 0
 
@@ -350,7 +356,7 @@ def test_unknown_rewards_are_left_out_and_counted() -> None:
         ({"answers": 0}, r"source\.answers=0"),
         ({"coefficient": -1.0}, r"signal\.coefficient=-1 must be at least 0"),
         ({"replay": 0}, r"source\.replay=0 leaves signal\.coefficient=0\.1 nothing to act on"),
-        ({"sampling_temperature": 0.8}, r"sampling_temperature=0\.8: the stored log-probabilities"),
+        ({"sampling_temperature": 0.8}, r"sampling_temperature=0\.8 draws from another distribution"),
         ({"divergence": "2*jsd(0.5)", "centred": False}, r"signal\.centred=false would do nothing"),
         ({"cap": 0.0}, r"signal\.cap=0 must be above 0"),
         ({"samples": 1}, r"source\.samples=1"),

@@ -343,6 +343,27 @@ def test_samples_say_what_both_models_think_of_each_token(name: str, tmp_path: P
     assert directory.samples() == json.loads(json.dumps(samples))
 
 
+@pytest.mark.parametrize("fade", [1.0, 0.5, 0.0])
+def test_samples_say_which_terms_train_each_token(fade: float) -> None:
+    """The first three characters are marked: in right answers for `key`, in wrong ones for `error`."""
+
+    def first_three(problem: str, response: str, correct: bool) -> dict[str, Any]:
+        return {"spans": [[0, min(3, len(response))]], "label": "start"}
+
+    method = make("trace", annotator=first_three, cap=1.0, error="reverse_kl", rewards=None, fade=fade)
+    at = moment(method, teacher=False)
+    samples = token_samples(Evaluation(settings(shown=12), at, LIMIT), at, step=0)
+    kinds = {1.0: "{}", 0.5: "policy + {}", 0.0: "policy"}
+    for sample in samples:
+        marked = kinds[fade].format("key" if sample["rewards"]["accuracy"] >= 1 else "error")
+        written = 0
+        for token in sample["tokens"]:
+            silent = token["text"] in at.tokenizer.all_special_tokens
+            assert token["route"] == (marked if written < 3 and not silent else "policy")
+            written += 0 if silent else len(token["text"])
+    assert len({sample["rewards"]["accuracy"] for sample in samples}) == 2
+
+
 def test_samples_need_no_teacher() -> None:
     at = moment(make("sft"), teacher=False)
     evaluation = Evaluation(settings(), at, LIMIT)

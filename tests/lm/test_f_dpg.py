@@ -11,12 +11,13 @@ import torch
 import kullback as kb
 from kullback.lm import Batch, find_method
 from kullback.lm.batch import base_columns
+from kullback.lm.distances import agreements
 from kullback.lm.engine import Engine
 from kullback.lm.ledger import Ledger
-from kullback.lm.methods.f_dpg import NearerToTarget
 from kullback.lm.predictions import LogitPredictions
 from kullback.lm.rehearse import rehearse
 from kullback.lm.rollout import Origin, build_rollout
+from kullback.lm.schedules import NearerToTarget
 from kullback.run.terms import denominator, numerator
 from kullback.theory import tabular
 from tests.lm.small import gradient, make, make_moment
@@ -281,6 +282,40 @@ def test_the_window_is_what_came_before() -> None:
     assert len(ledger.last("pseudo_reward")) == 3
 
 
+def test_a_baseline_has_neither_its_own_row_nor_one_without_a_target() -> None:
+    """Pseudo-rewards and advantages of two prompts, one grade unknown, next to loops; w is 1."""
+    draw = torch.Generator().manual_seed(8)
+    ours, theirs = -torch.rand(2, 6, 2, generator=draw, dtype=torch.float64)
+    rollout = build_rollout([[0]] * 6, [[1, 1]] * 6, [[int(Origin.STUDENT)] * 2] * 6, group=[0, 0, 0, 1, 1, 1],
+                            notes=[{"problem_id": name} for name in "aaabbb"])  # fmt: skip
+    reward = torch.tensor([1.0, 0, 1, 0, torch.nan, 1], dtype=torch.float64)
+    rollout = dataclasses.replace(rollout, rewards={"accuracy": reward})
+    columns = base_columns(rollout) | {"log_prob:student": ours, "log_prob:reference": theirs}
+    log_P, log_m = theirs.sum(1) + reward / 0.7, ours.sum(1)
+    groups = [[0, 1, 2], [3, 5]]
+    g = torch.full((6,), torch.nan, dtype=torch.float64)
+    for rows in groups:
+        Z = (log_P[rows] - log_m[rows]).exp().mean()
+        g[rows] = -kb.divergence("reverse_kl").link(log_P[rows] - Z.log() - log_m[rows])
+    before = torch.tensor([0.5, -2.0, 4.0])
+    wanted = {
+        "none": [0.0] * 6,
+        "window": [2.5 / 3] * 6,
+        "leave_one_out": [float(g[[j for j in groups[i // 3] if j != i]].mean()) for i in range(6)],
+    }
+    for baseline, expected in wanted.items():
+        ledger = Ledger()
+        ledger.push("pseudo_reward", before, 99)
+        step = Batch(rollout, columns, ledger=ledger)
+        found = method("reverse_kl", baseline=baseline, window=99).weight(step)
+        torch.testing.assert_close(found["rollout/pseudo_reward"], g, equal_nan=True)
+        torch.testing.assert_close(
+            found["advantage"], (g - torch.tensor(expected, dtype=torch.float64)).nan_to_num(0.0)
+        )
+        assert found["trained"].all(1).tolist() == [True] * 4 + [False, True]
+        assert len(ledger.last("pseudo_reward")) == (8 if baseline == "window" else 3)
+
+
 def test_prompts_without_a_normaliser_are_skipped_and_counted() -> None:
     changes = {"score": "pointwise(accuracy)", "divergence": "forward_kl", "samples": 4}
     chosen = make("f_dpg", **changes)  # an untrained student is never right
@@ -322,10 +357,16 @@ def test_normalisers_of_a_prompt_are_means_over_all_its_completions() -> None:
     wanted = torch.tensor([sum(seen[i]) / len(seen[i]) for i in ids], dtype=torch.float64)
     torch.testing.assert_close(at.ledger.mean("normaliser", ids), wanted, rtol=1e-5, atol=1e-8)
     assert len(seen[ids[0]]) == 9
-    limited = make("f_dpg", max_z=0.5)
+    limit = float(wanted.median())
+    limited = make("f_dpg", divergence="forward_kl", max_z=limit)
     low = make_moment(limited)
+    low.task.train = low.task.train[:8]
     Engine(limited, low).draw()
-    assert float(low.ledger.mean("normaliser", low.ledger.ids("normaliser")).max()) <= 0.5 + 1e-12
+    first = torch.tensor([seen[i][:3] for i in ids], dtype=torch.float64)
+    assert bool((first > limit).any())
+    torch.testing.assert_close(
+        low.ledger.mean("normaliser", ids), first.clamp(max=limit).mean(1), rtol=1e-4, atol=1e-12
+    )
 
 
 def test_a_lagged_proposal_writes_and_is_renewed() -> None:
@@ -345,6 +386,8 @@ def test_a_lagged_proposal_writes_and_is_renewed() -> None:
     )
     torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-6)
     capped = make("f_dpg", proposal="lagged", cap=0.3)
+    limited = capped.weight(dataclasses.replace(step, ledger=Ledger()))["rollout/importance"]
+    torch.testing.assert_close(limited, weight.clamp(max=0.3))
     assert chosen.players()["proposal"] == "initial"
     assert find_method("f_dpg")(score="posterior(accuracy, beta=1)").players()["proposal"] is None  # type: ignore[call-arg]
     at.method = capped
@@ -383,6 +426,32 @@ def test_multipliers_are_fitted_before_the_first_step() -> None:
     assert float((weights * finished).sum(1).mean()) == pytest.approx(round(wanted, 3), abs=1e-6)
     gradient(engine)
     assert math.isfinite(engine.metrics()["rollout/target_finished"])
+
+
+def test_multipliers_are_fitted_where_every_grade_is_known() -> None:
+    """A prompt whose verifier failed once is as if it had not been drawn."""
+    found = []
+    for broken in (False, True):
+        chosen = make("f_dpg", score="distributional(even=0.6)", fit_prompts=8, fit_samples=8)
+        at = make_moment(method("forward_kl", max_completion=12))
+        at.task.verifier = lambda problem, text: {"accuracy": 0.0, "even": float(len(text) % 2)}
+        at.method, placed = chosen, at.problems()
+        drawn = [problem.id for _, problem in placed]
+        if broken:
+            calls = dict.fromkeys(drawn, 0)
+
+            def verify(problem: Any, text: str, calls: Any = calls, drawn: Any = drawn) -> dict[str, float]:
+                calls[problem.id] += 1
+                failed = problem.id in drawn[:3] and calls[problem.id] == 2
+                return {"accuracy": 0.0, "even": math.nan if failed else float(len(text) % 2)}
+
+            at.task.verifier = verify
+        else:
+            at.problems = lambda turn=0, rest=placed[3:]: rest  # type: ignore[method-assign]
+        chosen.begin(at)
+        found.append(float(at.ledger.mean("multiplier", ["even"])))
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert math.isfinite(found[0])
 
 
 def test_moments_that_nothing_meets_are_answered_before_the_first_step() -> None:
@@ -433,12 +502,10 @@ def test_the_metrics_are_estimates_of_what_they_are_called() -> None:
 
 
 def test_repeated_completions_are_counted() -> None:
-    from kullback.lm.methods.f_dpg import _agreements
-
     rollout = build_rollout(
         [[0]] * 6, [[1, 2], [1, 2], [1], [3], [3], [3]], [[2, 2], [2, 2], [2], [2], [2], [2]], group=[0, 0, 0, 1, 1, 2]
     )
-    shares = _agreements(rollout).tolist()
+    shares = agreements(rollout).tolist()
     assert shares[:5] == [0.5, 0.5, 0.0, 1.0, 1.0]
     assert math.isnan(shares[5])
 
@@ -452,6 +519,7 @@ def test_repeated_completions_are_counted() -> None:
         ({"max_z": 0.0}, r"weight\.max_z=0 must be positive"),
         ({"cap": -1.0}, r"weight\.cap=-1 must be positive"),
         ({"window": 0}, r"weight\.window=0 must be at least 1"),
+        ({"fit_samples": 1}, r"target\.fit_samples=1 must be at least 2"),
         ({"score": "accuracy"}, r"target\.score='accuracy' is not understood"),
     ],
 )

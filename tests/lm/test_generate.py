@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from kullback.lm import decode
 from kullback.lm.generate import BLOCK, generate, pick
-from tests.lm.small import random_model
+from tests.lm.small import make, make_moment, random_model
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [20]]
 END = [3, 7, 19, 23, 51, 64, 77, 89]
@@ -127,6 +129,51 @@ def test_log_probs_are_those_of_a_forward_over_the_text() -> None:
         logits = model(input_ids=torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1]
         expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(text)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every graph that is given to the compiler, whose own work would take too long here."""
+    found: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return found
+
+
+@pytest.mark.parametrize("room", [3, decode.ROOM])
+def test_compiled_steps_write_the_same_text(room: int, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ROOM", room)
+    model, u = random_model(3), uniforms(16)
+    expected = generate(model, PROMPTS, u, end_ids=END, samples=4)
+    for rows_at_once in (16, 5, 1):
+        written = generate(model, PROMPTS, u, end_ids=END, samples=4, rows_at_once=rows_at_once, compile_decode=True)
+        assert written.completions == expected.completions
+        for scores, plain in zip(written.log_probs, expected.log_probs, strict=True):
+            assert scores == pytest.approx(plain, abs=1e-5)
+    assert 1 <= len(graphs) <= 3  # not one for each number of rows and columns
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_setting_reaches_the_sources(graphs: list[Any]) -> None:
+    plain, compiled = (make_moment(make("minillm"), compile_decode=wanted) for wanted in (False, True))
+    expected = plain.method.source().draw(plain)
+    assert not graphs
+    assert torch.equal(compiled.method.source().draw(compiled).completions, expected.completions)
+    assert graphs
+
+
+def test_models_whose_steps_cannot_be_compiled_are_refused() -> None:
+    forgets = random_model(3, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    with pytest.raises(ValueError, match=r"compile_decode=True: .* layers that forget \(DynamicSlidingWindowLayer\)"):
+        generate(forgets, PROMPTS, uniforms(4), end_ids=END, compile_decode=True)
+    eager = random_model(3)
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"compile_decode=True: .* 'eager' .*attn_implementation='sdpa'"):
+        generate(eager, PROMPTS, uniforms(4), end_ids=END, compile_decode=True)
 
 
 def test_nothing_to_write() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kullback.lm import Batch, sampling, sources
+from kullback.lm import Batch, find_method, sampling, sources
 from kullback.lm.advantages import group_advantage
 from kullback.lm.batch import base_columns
 from kullback.lm.engine import Engine
@@ -50,16 +50,21 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("beta", "corrected"), [(0.0, False), (0.3, False), (0.3, True)]
-)  # TRL's use_bias_correction_kl: k3 as a loss is forward KL's, times the live ratio it is reverse KL's
+    ("beta", "corrected", "level"),
+    [
+        (0.0, False, "token"),
+        (0.3, False, "token"),
+        (0.3, True, "token"),
+        (0.0, False, "sequence"),
+        (0.3, False, "sequence"),
+    ],
+)  # TRL's use_bias_correction_kl: k3 as a loss is forward KL's, times the live ratio it is reverse KL's;
+# with a ratio of the whole row TRL multiplies a token's k3 by that, which is the gradient of no divergence
 @pytest.mark.parametrize(("loss_type", "aggregate"), [("grpo", "row"), ("dapo", "token"), ("dr_grpo", "row_sum")])
 @pytest.mark.parametrize("stale", [False, True])
-@pytest.mark.parametrize("level", ["token", "sequence"])
 def test_trl_has_this_loss_and_this_gradient(
     trl_trainer: Any, beta: float, corrected: bool, loss_type: str, aggregate: Any, stale: bool, level: str
 ) -> None:
-    if corrected and level == "sequence":
-        pytest.skip("TRL multiplies a token's k3 by the ratio of its row, which is the gradient of no divergence")
     settings: dict[str, Any] = {"reference": "initial", "penalty": beta, "level": level}
     settings |= {"divergence": "reverse_kl" if corrected else "forward_kl", "form": "ratio" if corrected else "loss"}
     settings |= {"aggregate": aggregate, "updates": 2 if stale else 1, "dual": 3.0, "penalty_ratio": False}
@@ -225,6 +230,45 @@ def test_equal_groups_are_counted_or_dropped() -> None:
         assert columns["rollout/informative"].mean() == 0.5
 
 
+def test_mistakes_may_count_less_and_cut_answers_not_at_all() -> None:
+    rows = build_rollout([[1]] * 4, [[5, 6]] * 4, [[int(Origin.STUDENT)] * 2] * 4, group=[0, 0, 1, 1])
+    rewards = {"accuracy": torch.tensor([1.0, 0, 0, 1]), "finished": torch.tensor([1.0, 0, 1, 0])}
+    step = Batch(dataclasses.replace(rows, rewards=rewards), base_columns(rows))
+    options = PLAIN | {"rewards": None, "scale": "none", "negative": 0.25, "drop_unfinished": True}
+    columns = make("grpo", **options).weight(step)
+    assert columns["advantage"][:, 0].tolist() == [0.5, -0.125, -0.125, 0.5]
+    assert columns["trained"].all(1).tolist() == [True, False, True, False]
+
+
+def test_a_correction_is_of_the_token_or_of_the_whole_row() -> None:
+    rows = build_rollout([[1]] * 2, [[5, 6]] * 2, [[int(Origin.STUDENT)] * 2] * 2, log_probs=[[-1.0, -2.0]] * 2)
+    rows = dataclasses.replace(rows, rewards={"accuracy": torch.tensor([1.0, 0.0])}, group=torch.zeros(2).long())
+    student = torch.tensor([[-0.5, -1.0], [-1.0, -2.5]])
+    step = Batch(rows, base_columns(rows) | {"log_prob:student": student})
+    options = PLAIN | {"rewards": None, "correction": 1e9}
+    for level, logs in (("token", [[0.5, 1.0], [0.0, -0.5]]), ("sequence", [[1.5, 1.5], [-0.5, -0.5]])):
+        found = make("grpo", **options, correction_level=level).weight(step)["correction"]
+        torch.testing.assert_close(found, torch.tensor(logs).exp())
+
+
+@pytest.mark.parametrize("name", ["grpo", "trace"])
+def test_summed_rows_are_divided_by_the_longest_that_they_might_be(name: str) -> None:
+    """Dr. GRPO: the same text under a higher limit has a smaller gradient, in proportion; averages do not care."""
+    quiet = {"kl": 0.0} if name == "trace" else PLAIN
+    for aggregate, ratio in (("row_sum", 2.0), ("row", 1.0)):
+        found = []
+        for limit in (12, 24):
+            method = make(name, **(quiet | {"aggregate": aggregate, "max_completion": 12}))
+            engine = Engine(method, make_moment(method))
+            (step,) = engine.prepare(0)
+            engine.at.method = dataclasses.replace(method, max_completion=limit)
+            found.append(
+                float(torch.autograd.grad(engine.loss(step), engine.at.model("student").lm_head.weight)[0].norm())
+            )
+        assert found[0] > 1e-4
+        assert found[0] / found[1] == pytest.approx(ratio, rel=1e-4)
+
+
 def finished(rollout: Rollout) -> torch.Tensor:
     return rollout.rewards["finished"]
 
@@ -299,6 +343,10 @@ def test_pass_rates_are_counted() -> None:
         ({"penalty": 0.1, "reference": "initial", "form": "reward", "drop_unfinished": True}, "needs all of them"),
         ({"pass_rate": (0.9, 0.1)}, "the lower one first"),
         ({"redraws": -1}, r"source\.redraws=-1 must be at least 0"),
+        ({"penalty": -0.1}, r"signal\.penalty=-0\.1 must be at least 0"),
+        ({"soft": 4}, r"weight\.soft=4 makes the grade 'overlong', which weight\.rewards="),
+        ({"rewards": {"accuracy": 1.0, "overlong": 0.5}}, r"weight\.soft=0 makes the grade 'overlong'"),
+        ({"soft": 13, "rewards": {"overlong": 1.0}}, r"the last of source\.max_completion=12 tokens: choose 0 to"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:
@@ -306,8 +354,63 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
         rehearse(make("grpo", **(PLAIN | changes)))
 
 
+@pytest.mark.parametrize("name", ["grpo", "ppo", "trace", "dph_rl"])
+def test_every_method_that_reinforces_refuses_what_would_bend_its_gradient(name: str) -> None:
+    for changes, message in (
+        ({"sampling_temperature": 0.7, "correction": None}, "draws from another distribution than the one"),
+        ({"updates": 0}, r"source\.updates=0 must be at least 1"),
+        ({"dual": 1.2}, r"signal\.dual=1\.2 must be above the ratio's own limit"),
+    ):
+        known = {field.name for field in dataclasses.fields(find_method(name))}
+        with pytest.raises(ValueError, match=message):
+            make(name, **{key: value for key, value in changes.items() if key in known})
+
+
+@pytest.mark.parametrize("name", ["grpo", "trace", "dph_rl"])
+def test_a_second_pass_has_the_ratio_to_the_policy_that_wrote(name: str) -> None:
+    method = make(name, **({"updates": 2} | (PLAIN if name == "grpo" else {})))
+    engine = Engine(method, make_moment(method))
+    gradient(engine)
+    assert engine.metrics()["policy/old_kl"] == pytest.approx(0, abs=1e-6)
+    rows = engine.step_batch
+    with torch.no_grad():
+        for index, parameter in enumerate(engine.at.model("student").parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.add_(0.02 * noise)
+    gradient(engine, 1)
+    assert engine.step_batch is rows  # the same draw
+    assert engine.metrics()["policy/old_kl"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "trace", "dph_rl"])
+def test_overlong_answers_are_rewarded_less_and_the_rest_as_before(name: str) -> None:
+    """The reward falls by the weight times the share of the last tokens; the grades themselves stay."""
+    weights = {"accuracy": 1.0, "finished": 0.5}
+    method = make(name, rewards=weights | {"overlong": 0.25}, soft=4)
+    lengths = [3, 8, 9, 10, 12]
+    rows = build_rollout([[1]] * 5, [[7] * n for n in lengths], [[int(Origin.STUDENT)] * n for n in lengths])
+    grades = {"accuracy": torch.tensor([1.0, 0, 1, 0, torch.nan]), "finished": torch.tensor([1.0, 1, 1, 1, 0])}
+    rows = dataclasses.replace(rows, rewards=grades)
+    plain = grades["accuracy"] + 0.5 * grades["finished"]
+    less = torch.tensor([0, 0, 1 / 4, 2 / 4, 1])
+    torch.testing.assert_close(method.reward(rows), plain - 0.25 * less, equal_nan=True)  # type: ignore[attr-defined]
+    torch.testing.assert_close(make(name, rewards=weights).reward(rows), plain, equal_nan=True)  # type: ignore[attr-defined]
+    assert set(rows.rewards) == {"accuracy", "finished"}
+
+
+def test_a_step_with_overlong_answers() -> None:
+    """Unlike lengths make a group of equal grades informative, and the words name the grade."""
+    method = make("grpo", **(PLAIN | {"rewards": {"overlong": 1.0}, "soft": 12}))
+    engine = Engine(method, make_moment(method))
+    step = engine.draw()
+    torch.testing.assert_close(step["rollout/reward"], -step.rollout.lengths / 12)
+    assert 0 < float(step["rollout/informative"].mean()) <= 1
+    with_both = make("grpo", **(PLAIN | {"rewards": {"accuracy": 1.0, "overlong": 0.5}, "soft": 4}))
+    assert "A = 1 accuracy + 0.5 overlong - mean of the group" in objective(with_both, rehearse(with_both))
+
+
 def test_a_task_that_grades_nothing_is_refused_before_the_first_step() -> None:
-    for name in ("grpo", "ppo"):
+    for name in ("grpo", "ppo", "trace", "dph_rl"):
         method = make(name)
         at = make_moment(method)
         at.task.verifier = None

@@ -45,6 +45,27 @@ def test_all_completions_together_descend_reward_and_penalty(name: str) -> None:
     torch.testing.assert_close(found, objective(name, "sequence", 0.7), rtol=1e-10, atol=1e-10)
 
 
+def test_returns_are_what_came_and_advantages_are_white() -> None:
+    """Without penalty and with lam = gamma = 1 a token's return is its row's reward; unknown rows are left out."""
+    method = make("ppo", penalty=0.0, lam=1.0, rewards=None)
+    rollout = build_rollout(
+        [[0]] * 4, [[1] * n for n in (3, 1, 2, 3)], [[int(Origin.STUDENT)] * n for n in (3, 1, 2, 3)]
+    )
+    reward = torch.tensor([1.0, 0.0, torch.nan, 0.5])
+    rollout = dataclasses.replace(rollout, rewards={"accuracy": reward})
+    guess = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    found = method.weight(Batch(rollout, base_columns(rollout) | {"value:critic": guess}))
+    trained = rollout.scored & torch.tensor([True, True, False, True])[:, None]
+    assert torch.equal(found["trained"], trained)
+    torch.testing.assert_close(found["returns"], torch.where(trained, reward.nan_to_num(9.0)[:, None], 0.0))
+    raw = (reward[:, None] - guess)[trained]
+    torch.testing.assert_close(found["advantage"][trained], (raw - raw.mean()) / raw.std())
+    plain = dataclasses.replace(method, whitening=False).weight(
+        Batch(rollout, base_columns(rollout) | {"value:critic": guess})
+    )
+    torch.testing.assert_close(plain["advantage"][trained], raw)
+
+
 def value_batch(value: torch.Tensor, old: torch.Tensor, returns: torch.Tensor) -> Batch:
     rows, width = value.shape
     rollout = build_rollout([[0]] * rows, [[1] * width] * rows, [[int(Origin.STUDENT)] * width] * rows)

@@ -90,6 +90,18 @@ def test_scores_are_the_card_s_table(name: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), g)[0], slope(g.detach()))
 
 
+@pytest.mark.parametrize("pull", [0.5, 1e9])
+@pytest.mark.parametrize("name", TABLE)
+def test_beyond_its_limit_a_score_is_a_line(name: str, pull: float) -> None:
+    """With the slope that the card's table has at that limit, on either side, but at most `pull`."""
+    g = torch.tensor([-9.0, 9.0], dtype=torch.float64, requires_grad=True)
+    ends = g.detach() / 3
+    slope = TABLE[name][1](ends).clamp(max=pull)
+    ours = score(divergence(name), g, limit=3.0, pull=pull)
+    torch.testing.assert_close(ours, score(divergence(name), ends) + slope * (g.detach() - ends))
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), g)[0], slope)
+
+
 def test_reverse_kl_is_dpo_and_alpha_joins_the_two_kls() -> None:
     """Check 1, in loss and gradient."""
     draw = torch.Generator().manual_seed(0)
@@ -283,12 +295,51 @@ def test_outer_losses_smoothing_and_length() -> None:
     )
 
 
+def test_padding_does_not_count_and_the_reference_is_detached() -> None:
+    """Poisoned beyond the last token, loss and gradient stay; nothing flows into the reference."""
+    values = torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for fill in (0.0, torch.nan):
+        ours, theirs = values.clone().requires_grad_(), torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+        step = pairs_of(ours, theirs, (1, 3, 2, 1))
+        unread = ~step["scored"]
+        step.columns["log_prob:reference"] = step["log_prob:reference"].masked_fill(unread, fill)
+        known = Known(step.model.log_probs().masked_fill(unread, fill))
+        loss = preference(dataclasses.replace(step, predictions=known), "reverse_kl", 0.4).value  # type: ignore[arg-type]
+        assert find_method("dpo")().weight(step)["pairs"].sum() == 2
+        found.append(torch.cat([loss.detach(), torch.autograd.grad(loss.sum(), ours, retain_graph=True)[0].flatten()]))
+        assert torch.autograd.grad(loss.sum(), theirs, allow_unused=True) == (None,)
+    assert torch.equal(*found)
+
+
+def test_the_metrics_of_a_pair_by_hand() -> None:
+    """At the chosen row alone; a tie is not ordered right; rewards and margin are those of the loss."""
+    g, lengths = torch.tensor([[1.0, -2.0], [-1.5, 25.0], [0.7, 0.7]], dtype=torch.float64), (2, 4, 1, 5, 3, 3)
+    seen = preference(pairs_of(g, torch.zeros(3, 2), lengths), "forward_kl", 0.4, length="mean").seen
+    reward = 0.4 * (1 - torch.exp(-g)) / torch.tensor(lengths, dtype=torch.float64).view(3, 2)
+    reward[1, 1] = 0.4 * (1 - math.exp(-20) + 5 * math.exp(-20)) / 5  # a line from 20 on
+    expected = {
+        "accuracy": torch.tensor([1.0, 0.0, 0.0]),
+        "margin": reward[:, 0] - reward[:, 1],
+        "reward_chosen": reward[:, 0],
+        "reward_rejected": reward[:, 1],
+        "log_ratio_chosen": g[:, 0],
+        "log_ratio_rejected": g[:, 1],
+        "beyond_limit": torch.tensor([0.0, 1.0, 0.0]),
+    }
+    assert seen.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(seen[name][::2], values.double(), msg=lambda m, n=name: n + m)
+        assert (seen[name][1::2] == 0).all()
+
+
 def test_calibration_error_by_hand() -> None:
     error, table = calibration_error(torch.tensor([0.05, 0.95, 0.95, 1.0]), torch.tensor([0.0, 1.0, 0.0, 1.0]))
     top = (0.95 + 0.95 + 1.0) / 3
     assert error == pytest.approx(0.25 * 0.05 + 0.75 * abs(2 / 3 - top))
     assert table[9].tolist() == pytest.approx([0.75, top, 2 / 3])
     assert table[5, 1:].isnan().all()
+    assert calibration_error(torch.tensor([0.17]), torch.tensor([1.0]))[1][1, 0] == 1  # in [0.1, 0.2)
     assert calibration_error(torch.full((10,), 0.5), torch.tensor([0.0, 1.0] * 5))[0] == pytest.approx(0)
 
 
@@ -479,6 +530,16 @@ def test_a_pair_is_never_cut_apart_and_an_undecided_one_counts_nothing() -> None
     part = dataclasses.replace(whole.step_batch.rows([i for i in range(16) if i not in undecided]))  # type: ignore[union-attr]
     assert undecided
     assert float(whole.loss(part).detach()) == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_preferred_reply_without_a_scored_token_counts_nothing() -> None:
+    step = pairs_of([[-1.0, -2.0], [-1.0, -2.0]], [[-1.0, -1.0], [-1.0, -1.0]])
+    assert step["pairs"].tolist() == [True, False, True, False]
+    origin = step.rollout.origin.clone()
+    origin[0] = int(Origin.TOOL)
+    rollout = dataclasses.replace(step.rollout, origin=origin)
+    columns = base_columns(rollout) | {"log_prob:reference": step["log_prob:reference"]}
+    assert find_method("dpo")().weight(Batch(rollout, columns))["pairs"].tolist() == [False, False, True, False]
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ def says_what_it_does(method: Recombined, terms: list[Term], controllers: Any, p
         assert f"T = {method.temperature:g}" in words
     for term in terms:
         assert term.mean is not None
-        assert MEANS[term.mean].format(over=term.over, weight=term.weight) in words
+        assert MEANS[term.mean].format(over=f"{term.over} tokens", weight=term.weight) in words
     if parts["schedule"] != "none":
         assert SCHEDULES[parts["schedule"]][0] in words  # type: ignore[index]
 

@@ -1,6 +1,7 @@
 """TRACE (paper 16): the checks of its card, annotators that fail, and where their spans land."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +148,17 @@ def test_forward_kl_on_right_rows_only_and_reverse_kl_on_wrong_ones() -> None:
         forged = replace(step.rollout, notes=[{**n, "marked": [0], "label": "x"} for n in step.rollout.notes])
         columns = method.weight(replace(step, rollout=forged))
         assert set(forged.rewards["accuracy"][columns[name].any(1)].tolist()) == {wanted}
+
+
+def test_a_row_whose_verifier_failed_trains_nothing() -> None:
+    method = trace(error="reverse_kl")
+    at = moment(method)
+    at.task.verifier = lambda problem, text: {"accuracy": math.nan if len(text) % 3 == 0 else float(len(text) % 2)}
+    step = Engine(method, at).draw()
+    unknown = step.rollout.rewards["accuracy"].isnan()
+    assert 0 < int(unknown.sum()) < len(unknown)
+    assert not (step["trained"] | step["key"] | step["error"])[unknown].any()
+    assert torch.equal(step["trained"][~unknown], step["scored"][~unknown])
 
 
 def test_groups_of_equal_reward_keep_their_divergence() -> None:

@@ -1,5 +1,6 @@
 """Verifiers: right, wrong and malformed text, and failures that do not end a run."""
 
+import gc
 import math
 import threading
 import time
@@ -181,6 +182,34 @@ def test_a_hang_costs_its_own_sample_only(tmp_path):
     assert task.errors == 1
     assert "TimeoutError: the verifier gave no answer within 0.2 s" in task.last_error
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "verifier")
+
+
+def test_calls_share_a_thread_until_one_hangs_and_it_ends_with_the_verifier():
+    seen, hang = [], threading.Event()
+
+    def grade(problem, completion):
+        seen.append(threading.current_thread())
+        if completion == "hang":
+            hang.wait(60)
+        return {"accuracy": float(completion == "right")}
+
+    verify = verifiers.in_time(grade, 0.2)
+    assert [verify(None, text)["accuracy"] for text in ("right", "wrong", "right")] == [1.0, 0.0, 1.0]
+    with pytest.raises(TimeoutError):
+        verify(None, "hang")
+    assert verify(None, "right")["accuracy"] == 1.0
+    assert len(set(seen[:4])) == 1
+    assert seen[4] is not seen[0]
+    other = threading.Thread(target=verify, args=(None, "right"))
+    other.start()
+    other.join()
+    assert len(set(seen)) == 3  # a caller in another thread waits for nobody
+    hang.set()
+    del verify
+    gc.collect()  # a traceback may hold a frame
+    for thread in set(seen):
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_without_a_limit_a_verifier_runs_in_the_caller_s_thread(tmp_path):

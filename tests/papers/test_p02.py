@@ -66,3 +66,13 @@ def test_a_quick_run_shows_the_order_and_writes_its_page(result):
     assert result.page.name == "02-f-dpg.md"
     assert "arXiv 2302.08215" in result.text
     assert result.figures[0].stat().st_size < 200_000
+
+
+def test_a_quick_run_trains_a_language_model_in_four_divergences(result):
+    models = result.numbers["models"]
+    assert tuple(models) == paper.TRAINED
+    for runs in models.values():
+        assert list(runs[0]["path"]) == [0, 1, 2]
+        assert runs[0]["path"][0]["KL"] == pytest.approx(0, abs=1e-5)
+        assert runs[0]["path"][2]["KL"] > 0
+        assert all(row["rollout/target_tv"] >= 0 for row in runs[0]["metrics"])

@@ -1,7 +1,10 @@
 """Card 06: the exact fixed points with the card's numbers, and a quick run of the whole page."""
 
 import pytest
+import torch
 
+from kullback.diffusion import two_modes
+from kullback.diffusion.exact import fixed_points
 from kullback.papers import p06_f_distill as paper
 
 FROM_THE_LEFT = {  # (a, b) of the card, from (1, -1)
@@ -16,7 +19,7 @@ FROM_THE_LEFT = {  # (a, b) of the card, from (1, -1)
 
 @pytest.fixture(scope="module")
 def exact():
-    found = paper.fixed_points([*paper.PAPER.values()], paper.STARTS, *paper._plain(paper.VARIANCES))
+    found = fixed_points([*paper.PAPER.values()], paper.STARTS, two_modes(), torch.tensor(paper.VARIANCES))
     return dict(zip(paper.PAPER, found.tolist(), strict=True))
 
 

@@ -5,12 +5,13 @@ import torch
 
 from kullback.divergence import divergence
 from kullback.papers import p09_decoupling_kl as paper
+from kullback.papers import two_mode_strings as strings
 
 
 @pytest.fixture(scope="module")
 def cells():
     return {
-        (prefix, weight): paper.tabular_cell(prefix=prefix, weight=weight, seeds=2, steps=400)
+        (prefix, weight): strings.tabular_cell(prefix=prefix, weight=weight, seeds=2, steps=400)
         for prefix in paper.PREFIXES
         for weight in paper.WEIGHTS
     }
@@ -61,22 +62,22 @@ def test_the_closed_gradient_is_autograd_s(prefix, weight):
         if 0 < weight < 1
         else divergence(("forward_kl", "reverse_kl")[int(weight)])
     )
-    teacher, _ = paper.two_modes(3, draw)
-    visits, target = paper.conditionals(teacher)
-    position = torch.cat([torch.full((paper.SYMBOLS**t,), t) for t in range(paper.LENGTH)])
-    logits = torch.randn(3, paper.LENGTH, paper.SYMBOLS, generator=draw, dtype=torch.float64).requires_grad_()
+    teacher, _ = strings.two_modes(3, draw)
+    visits, target = strings.conditionals(teacher)
+    position = torch.cat([torch.full((strings.SYMBOLS**t,), t) for t in range(strings.LENGTH)])
+    logits = torch.randn(3, strings.LENGTH, strings.SYMBOLS, generator=draw, dtype=torch.float64).requires_grad_()
     if prefix == "student":
-        visits = torch.cat(paper.reach_of(logits.detach())[:-1], 1)
+        visits = torch.cat(strings.reach_of(logits.detach())[:-1], 1)
     (expected,) = torch.autograd.grad((visits * D.categorical(target.log(), logits[:, position])).sum(), logits)
-    found = paper.cell_gradient(D, target.log(), logits.detach(), visits, position)
+    found = strings.cell_gradient(D, target.log(), logits.detach(), visits, position)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_prefixes_and_strings_are_probabilities():
-    teacher, right = paper.two_modes(40, torch.Generator().manual_seed(0))
-    visits, target = paper.conditionals(teacher)
+    teacher, right = strings.two_modes(40, torch.Generator().manual_seed(0))
+    visits, target = strings.conditionals(teacher)
     torch.testing.assert_close(teacher.sum(1), torch.ones(40, dtype=torch.float64))
-    torch.testing.assert_close(visits.sum(1), torch.full((40,), float(paper.LENGTH), dtype=torch.float64))
+    torch.testing.assert_close(visits.sum(1), torch.full((40,), float(strings.LENGTH), dtype=torch.float64))
     torch.testing.assert_close(target.sum(-1), torch.ones(40, 85, dtype=torch.float64))
     assert (teacher[torch.arange(40), right] > 0.5).sum() == 30  # the first mode is right for three quarters
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from kullback.report import comparison_markdown, comparison_rows, comparison_table, figures, load_runs, write_report
-from kullback.report.page import smoothed
+from kullback.report.curves import smoothed
 from kullback.report.style import styles
 from kullback.run.directory import RunDirectory, write_comparison
 
@@ -332,6 +332,100 @@ def test_samples_without_tokens_and_tokens_without_tops(tmp_path):
     assert first["tokens"] is None
     assert third["tokens"] is None
     assert second["tokens"] == [[0, None, None, None, 1, None, [], []]]
+
+
+OBJECTIVE = """\
+minimise   policy + 0.5 * key
+policy: policy gradient, ratio clipped to [0.8, 1.28]; mean over trained tokens of the step
+key: forward_kl = sum hinted log(hinted / student), T = 1; value: exact; mean over trained tokens of the step"""
+
+
+def write_routed(path, texts, objective=OBJECTIVE):
+    """A run whose samples have tokens (text, route)."""
+    run = write_run(path, samples=0)
+    run.write_objective(objective)
+    run.append_samples(
+        {
+            "step": 0,
+            "prompt": "p",
+            "completion": "".join(text for text, _ in tokens if text != "<end>"),
+            "tokens": [{"text": text, "route": route} for text, route in tokens],
+        }
+        for tokens in texts
+    )
+    return run.path
+
+
+def routed_pieces(out):
+    """(class, text) of the coloured pieces of each completion in the table of samples, and the legend's rows."""
+    rows = re.findall(r'<tr data-run="\d+"><td class="narrow">.*?</tr>', out.read_text())
+    pieces = [re.findall(r'<span class="r(\d)" title="[^"]*">(.*?)</span>', row.split("<pre>")[2]) for row in rows]
+    legend = re.findall(
+        r'<th scope="row"><span class="r(\d)">(.*?)</span>.*?</th><td>(.*?)</td><td>(.*?)</td>', out.read_text()
+    )
+    return [[(int(number), text) for number, text in row] for row in pieces], legend
+
+
+def test_the_routes_of_all_samples_are_coloured_and_explained(tmp_path):
+    first = [("2", "policy"), ("+", "policy"), ("5", "policy + key"), ("<end>", "policy")]
+    second = [("9", "key"), ("-", "none"), ("4", "policy"), ("<end>", "policy")]
+    out = write_report([write_routed(tmp_path / "run", [first, second])], tmp_path / "r.html")
+    pieces, legend = routed_pieces(out)
+    assert pieces == [
+        [(0, "2+"), (1, "5"), (0, "&lt;end&gt;")],
+        [(2, "9"), (3, "-"), (0, "4&lt;end&gt;")],
+    ]
+    words = "policy: policy gradient, ratio clipped to [0.8, 1.28]"
+    key = "key: forward_kl = sum hinted log(hinted / student), T = 1"
+    assert legend == [
+        ("0", "policy", words, "62.5%"),
+        ("1", "policy + key", f"{words}<br>{key}", "12.5%"),
+        ("2", "key", key, "12.5%"),
+        ("3", "none", "no term trains these tokens", "12.5%"),
+    ]
+    data = Page(out).data
+    assert [route["name"] for route in data["routes"]] == ["policy", "policy + key", "key", "none"]
+    assert [[token[5] for token in sample["tokens"]] for sample in data["samples"]] == [[0, 0, 1, 0], [2, 3, 0, 0]]
+
+
+def test_one_name_with_two_divergences_is_two_routes(tmp_path):
+    both = [("2", "policy"), ("5", "key")]
+    other = OBJECTIVE.replace("forward_kl = sum hinted log(hinted / student)", "tv = 1/2 sum |hinted - student|")
+    runs = [write_routed(tmp_path / "a", [both]), write_routed(tmp_path / "b", [both], other)]
+    pieces, legend = routed_pieces(write_report(runs, tmp_path / "r.html"))
+    assert pieces == [[(0, "2"), (1, "5")], [(0, "2"), (2, "5")]]
+    assert [words for number, _, words, _ in legend if number == "2"] == ["key: tv = 1/2 sum |hinted - student|, T = 1"]
+
+
+def test_routes_are_told_apart_only_where_there_are_two(tmp_path):
+    run = write_routed(tmp_path / "run", [[("2", "policy"), ("5", "policy")], [("7", "policy")]])
+    pieces, legend = routed_pieces(write_report([run], tmp_path / "r.html"))
+    assert pieces == [[], []]
+    assert not legend
+
+
+def test_a_character_in_several_tokens_keeps_its_completion(tmp_path):
+    path = write_routed(tmp_path / "run", [[("a", "policy"), ("b", "key")]])
+    cut = {"step": 1, "completion": "é", "tokens": [{"text": "\ufffd", "route": r} for r in ("policy", "key")]}
+    RunDirectory(path).append_samples([cut])
+    out = write_report([path], tmp_path / "r.html")
+    assert routed_pieces(out)[0] == [[(0, "a"), (1, "b")], []]
+    assert "<pre>é</pre>" in out.read_text()
+
+
+def test_names_and_texts_of_routes_stay_text(tmp_path):
+    path = write_routed(tmp_path / "run", [[(EVIL, EVIL), ("2", "key")]], f"{EVIL}: {EVIL}")
+    page = Page(write_report([path], tmp_path / "r.html"))
+    assert len(page.scripts) == 2
+    assert not any(tag == "img" or "onerror" in attributes for tag, attributes in page.elements)
+    assert page.data["routes"][0]["name"] == EVIL
+
+
+def test_a_long_routed_completion_is_cut(tmp_path):
+    long = [("x" * 700, "policy"), ("y" * 700, "key"), ("z", "policy")]
+    out = write_report([write_routed(tmp_path / "run", [long])], tmp_path / "r.html")
+    assert routed_pieces(out)[0] == [[(0, "x" * 700), (1, "y" * 500)]]
+    assert "y</span> … (1,401 characters in samples.jsonl)</pre>" in out.read_text()
 
 
 def test_runs_from_different_places_keep_their_own_anchors(tmp_path):

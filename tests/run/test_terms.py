@@ -45,6 +45,20 @@ def test_a_term_per_row() -> None:
     assert float(numerator(term, COLUMNS) / denominator(COLUMNS, *term.key)) == 3.0
 
 
+@pytest.mark.parametrize(
+    ("value", "over", "mean", "weight", "words"),
+    [
+        (VALUE, "scored", "token", None, "mean over scored tokens of the step"),
+        (VALUE, "scored", "row", "w", "mean over rows of each row's mean over scored tokens of the step, each times w"),
+        (VALUE, "scored", "weight", "w", "mean over scored tokens of the step, weighted by w"),
+        (VALUE[:, 0], "pairs", "row_sum", None, "mean over pairs of the step"),
+        (VALUE[:, 0], "pairs", "weight", "w", "mean over pairs of the step, weighted by w"),
+    ],
+)
+def test_a_term_says_what_it_is_averaged_over(value, over, mean, weight, words) -> None:  # type: ignore[no-untyped-def]
+    assert Term("t", value, over=over, mean=mean, weight=weight).averaged == words
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"term 't': value has shape \(2,\), but over='scored' has \(2, 3\)"):
         numerator(Term("t", torch.zeros(2), mean="token"), COLUMNS)

@@ -6,6 +6,9 @@ from kullback.cli import run  # noqa: F401  # each registers its commands, in th
 from kullback.cli import frontier  # noqa: F401
 
 # isort: split
+from kullback.cli import diffusion  # noqa: F401
+
+# isort: split
 from kullback.cli import look  # noqa: F401
 from kullback.cli.app import app
 

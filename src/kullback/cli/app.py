@@ -46,7 +46,7 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             arguments = [item for item in ctx.meta["kullback.arguments"] if item not in ("--overwrite", "--resume")]
             say("stopped", style="yellow")
-            if arguments and arguments[0] in ("train", "compare"):
+            if arguments and arguments[0] in ("train", "compare", "diffusion"):
                 say(f"go on with: {shlex.join(['kullback', *arguments, '--resume'])}")
             raise typer.Exit(INTERRUPTED) from None
         except ValueError as error:

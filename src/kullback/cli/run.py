@@ -185,11 +185,19 @@ def report(
       kullback report runs/quickstart-compare
       kullback report runs/a runs/b --output a-and-b.html
     """
-    from kullback.report import write_report
+    from kullback import diffusion
+    from kullback import report as text
+    from kullback.cli.diffusion import show_images
 
     page = output or (Path(runs[0]) / "report.html" if len(runs) == 1 else Path("report.html"))
-    written = write_report(runs, page, title)
-    _show(runs, written, as_json)
+    generators = [diffusion.report.runs_in(run) for run in runs]
+    if any(generators):
+        if not all(generators):
+            raise ValueError(f"runs={' '.join(runs)}: some train text, some images; give them a report each")
+        images = [run for found in generators for run in found]
+        show_images(images, diffusion.report.write_report(images, page, title), as_json)
+    else:
+        _show(runs, text.write_report(runs, page, title), as_json)
 
 
 @app.command(rich_help_panel="Look before you train")

@@ -9,7 +9,7 @@ log r is the logit of a discriminator of noised data against noised samples. Rev
 
 Paper -> here:  p_t -> target,  q_t -> model,  psi -> fake,  D -> ratio,  lambda_GAN -> gan.
 Source: Xu et al., arXiv 2502.15681; the loop, loss and constants as in its released code.
-Differs: (1) `normaliser="none"` by default, which makes the update a gradient of a divergence; "dmd" is the paper's.
+Differs: (1) `normaliser` "none" or "level", which make the update the gradient of a divergence; "dmd" is the paper's.
 It divides each sample by its own distance to the teacher's answer, and moves every fixed point. (2) bins in log sigma.
 (3) no EMA-0 default and no classifier-free guidance.
 """
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from kullback.diffusion.data import Data
-from kullback.diffusion.noise import Denoiser, Noise, expand
+from kullback.diffusion.noise import Denoiser, Noise, Scheduled, expand
 from kullback.diffusion.teacher import Teacher, follow
 from kullback.diffusion.weights import RatioWeights
 from kullback.run.learner import Player
 from kullback.run.seeds import generator
 from kullback.run.terms import Term
 
-Normaliser = Literal["none", "dmd"]
+Normaliser = Literal["none", "level", "dmd"]
 R1 = Literal["noised", "clean"]
 
 
@@ -42,17 +42,29 @@ def matching_loss(
     h: Float[Tensor, "row"],
     sigma: Float[Tensor, "row"],
     normaliser: Normaliser = "none",
+    deviation: float = 1.0,
 ) -> Float[Tensor, "row"]:
     """A surrogate with the gradient w (fake_x0 - teacher_x0) / size in x; its value means nothing.
 
-    w = h / sigma^2 with "none", so the gradient is that of the divergence over the size of a sample, since
-    score_target - score_model = (teacher_x0 - fake_x0) / sigma^2. w = h / mean |x - teacher_x0| with "dmd".
+    score_target - score_model = (teacher_x0 - fake_x0) / sigma^2, so that
+
+    - "none", w = h / sigma^2: the gradient of the divergence, over the size of a sample;
+    - "level", w = h / c_out: the same, with each level's divergence weighted by sigma^2 / c_out. c_out =
+      sigma deviation / sqrt(sigma^2 + deviation^2) is about the error of x0 there, so all levels pull alike;
+    - "dmd", w = h / mean |x - teacher_x0|: each sample by its own error; no gradient of any divergence.
+
     Everything but x is detached.
+
+    Args:
+        deviation: of the data, for "level".
     """
+    level = sigma.to(x)
     if normaliser == "none":
-        w = h / sigma.to(x) ** 2
+        w = h / level**2
+    elif normaliser == "level":
+        w = h * (level**2 + deviation**2).sqrt() / (level * deviation)
     else:
-        w = h / ((x - teacher_x0).detach().abs().flatten(1).mean(1) + 1e-6)
+        w = h / ((x - teacher_x0).abs().flatten(1).mean(1) + 1e-6)
     goal = (x - expand(w, x) * (fake_x0 - teacher_x0)).detach()
     return 0.5 * (x - goal).square().flatten(1).mean(1)
 
@@ -63,7 +75,7 @@ class FDistill:
     Args:
         student: z [row, ...] -> x0 [row, ...]. Latents are standard normal, of the data's shape.
         teacher: (x_t, sigma) -> E[x0 | x_t], frozen. A mixture is one.
-        fake: a `Denoiser`, best a copy of the teacher: the model's score.
+        fake: a `Denoiser` or `Scheduled`, best a copy of the teacher: the model's score.
         ratio: (x_t, sigma) -> logits [row, heads], high for data; a `Discriminator` or a `TeacherHead`.
         data: what the discriminator takes for real. With a teacher that is not perfect, r is data / model.
         weights: from log-ratios to h; holds the divergence.
@@ -100,8 +112,8 @@ class FDistill:
         ema: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if normaliser not in ("none", "dmd"):
-            raise ValueError(f'normaliser={normaliser!r} is unknown; choose "none" (a true gradient) or "dmd"')
+        if normaliser not in ("none", "level", "dmd"):
+            raise ValueError(f'normaliser={normaliser!r} is unknown; choose "none", "level" or "dmd"')
         if r1_kind not in ("noised", "clean"):
             raise ValueError(f'r1_kind={r1_kind!r} is unknown; choose "noised" or "clean"')
         if every < 2 or batch < 2 or warmup < 0:
@@ -117,7 +129,7 @@ class FDistill:
             last_learning_rate,
             seed,
         )
-        self.ema = ema
+        self.ema, self.deviation = ema, data.deviation
         self.average = copy.deepcopy(student) if ema else None
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False)
@@ -173,7 +185,7 @@ class FDistill:
         logits = self.ratio(noised if self.gan else noised.detach(), sigma)
         before = self.weights.clipped.item()
         h, log_ratio = self.weights(logits.mean(1), sigma)
-        loss = matching_loss(x, teacher_x0, fake_x0, h, sigma, self.normaliser)
+        loss = matching_loss(x, teacher_x0, fake_x0, h, sigma, self.normaliser, self.deviation)
         seen = {
             "clipped": x.new_tensor((self.weights.clipped.item() - before) / len(x)),
             "weight_std": h.std(),
@@ -191,7 +203,7 @@ class FDistill:
             x = self.student(batch["latent"])
         noised = x + expand(sigma, x) * batch["noise"]
         error = (self.fake(noised, sigma) - x).square().flatten(1).mean(1)
-        if isinstance(self.fake, Denoiser):
+        if isinstance(self.fake, Denoiser | Scheduled):
             error = error * self.fake.loss_weight(sigma)
         real = batch["real"].to(x)
         noised_real = real + expand(real_sigma, x) * batch["real_noise"]
@@ -209,11 +221,11 @@ class FDistill:
             follow(self.average, self.student, self.ema)
 
     def saturation(self) -> str | None:
-        """One sentence with the count, where more than a tenth of all log-ratios were cut; else None."""
+        """One sentence with the count, where more than half of all log-ratios were cut; else None."""
         clipped, seen = int(self.weights.clipped), int(self.weights.seen)
-        if clipped * 10 <= seen:
+        if clipped * 2 <= seen:
             return None
         return (
             f"ratio network: {clipped} of {seen} log-ratios lay beyond clip={self.weights.clip}, so their weights do "
-            "not tell them apart; train it slower, raise r1, or widen the clip"
+            "not tell them apart; lower its learning rate, add r1, or widen the clip"
         )

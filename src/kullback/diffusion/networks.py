@@ -2,11 +2,15 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from kullback.diffusion.by_name import from_diffusers
+from kullback.diffusion.noise import Denoiser, Scheduled, expand
 
 
 class Mlp(nn.Module):
@@ -35,8 +39,27 @@ class Mlp(nn.Module):
         return out.unflatten(1, self.shape) if self.out is None else out
 
 
+class Affine(nn.Module):
+    """x0 = A z + b on the flattened sample: a student that cannot be two modes, so it shows what a divergence keeps.
+
+    Args:
+        shape: of one sample.
+        deviation: A starts as the identity times it.
+        offset: where b starts, of the shape of a sample; 0 by default.
+    """
+
+    def __init__(self, shape: tuple[int, ...], deviation: float = 1.0, offset: Tensor | None = None) -> None:
+        super().__init__()
+        self.shape, size = shape, math.prod(shape)
+        self.matrix = nn.Parameter(deviation * torch.eye(size))
+        self.offset = nn.Parameter(torch.zeros(size) if offset is None else offset.flatten().clone())
+
+    def forward(self, latent: Float[Tensor, "row *shape"]) -> Float[Tensor, "row *shape"]:
+        return (latent.flatten(1) @ self.matrix.T + self.offset).unflatten(1, self.shape)
+
+
 class Unet(nn.Module):
-    """diffusers' UNet2DModel as a network of this package.
+    """A network of diffusers that is called as network(x, timestep), such as UNet2DModel, as one of this package.
 
     Positional time embeddings get 250 log sigma, which spreads the levels over their range; "fourier" ones take the
     logarithm themselves and get sigma.
@@ -47,40 +70,79 @@ class Unet(nn.Module):
         self.unet = unet
 
     def forward(self, x: Float[Tensor, "row c h w"], sigma: Float[Tensor, "row"]) -> Float[Tensor, "row c h w"]:
-        config: Any = self.unet.config
-        level = sigma.to(x)
-        return self.unet(x, level if config.time_embedding_type == "fourier" else 250 * level.log()).sample
+        level, embedding = sigma.to(x), getattr(self.unet.config, "time_embedding_type", "positional")
+        return self.unet(x, level if embedding == "fourier" else 250 * level.log()).sample
 
 
-def unet(path: str | None = None, **config: Any) -> nn.Module:
-    """A diffusers UNet2DModel: loaded from a path or hub name, or new, with these settings.
+def new_denoiser(
+    network: Mapping[str, Any] | str, scheduler: str | None, shape: tuple[int, ...], deviation: float, width: int
+) -> nn.Module:
+    """An untrained denoiser for samples of this shape.
+
+    Args:
+        network: "mlp"; or a network of diffusers for images, by the name of its class or as its settings with that
+            name as "name". UNet2DModel, the default, is given channels, size and two small levels where the settings
+            do not say otherwise.
+        scheduler: whose noise and prediction type the network learns, by name; None is EDM's preconditioning.
+        deviation: sigma_data.
+        width: of the hidden layers; a UNet's two levels get a quarter and half of it.
 
     Raises:
-        ImportError: diffusers is not installed.
+        ValueError: an unknown name, or a network that does not take such samples.
     """
+    if network == "mlp":
+        if scheduler is not None:
+            raise ValueError(f"scheduler={scheduler!r} needs a network of diffusers; set network, or leave it out")
+        return Denoiser(Mlp(shape, width), deviation)
+    settings = {"name": network} if isinstance(network, str) else dict(network)
+    name = settings.pop("name", "UNet2DModel")
+    if len(shape) != 3:
+        raise ValueError(f'network={name!r} is for images, but a sample has shape {shape}; use network="mlp"')
+    if name == "UNet2DModel":
+        settings = _small_unet(shape, width) | settings
+    made = from_diffusers(name)(**settings)
+    denoiser = Denoiser(Unet(made), deviation) if scheduler is None else Scheduled(made, scheduler)
+    check_denoiser(denoiser, shape, f"network={name!r}")
+    return denoiser
+
+
+def _small_unet(shape: tuple[int, ...], width: int) -> dict[str, Any]:
+    channels, height, across = shape
+    levels = [max(8, width // 4 // 8 * 8), max(8, width // 2 // 8 * 8)]
+    return {
+        "sample_size": [height, across],
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": levels,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+
+
+@torch.no_grad()
+def check_denoiser(denoiser: Any, shape: tuple[int, ...], field: str) -> None:
+    """Raises ValueError where (x [row, *shape], sigma [row]) does not give something finite of the shape of x."""
+    x = torch.zeros(2, *shape)
     try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise ImportError('a UNet2DModel needs diffusers: pip install "kullback[diffusion]"') from error
-    made: Any = UNet2DModel.from_pretrained(path, use_safetensors=True) if path else UNet2DModel(**config)
-    return made
+        out = denoiser(x, torch.ones(2))
+    except Exception as error:  # whatever a network of somebody else's raises
+        raise ValueError(f"{field} does not take samples of shape {shape}: {error}") from error
+    if out.shape != x.shape or not out.isfinite().all():
+        raise ValueError(f"{field} gives {tuple(out.shape[1:])} for samples of shape {shape}, or no finite numbers")
 
 
 def pretrained(path: str) -> nn.Module:
     """A teacher from a diffusers pipeline folder or hub name: its `unet` and its `scheduler`, as a denoiser.
 
-    See `Scheduled` for the schedulers that fit.
+    Both are of the classes that their own settings name. See `Scheduled` for the schedulers that fit.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f'teacher={path!r} needs diffusers: pip install "kullback[diffusion]"') from error
-    from kullback.diffusion.noise import Scheduled
-
-    config = diffusers.DDPMScheduler.load_config(path, subfolder="scheduler")
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    network = diffusers.UNet2DModel.from_pretrained(path, subfolder="unet", use_safetensors=True)
-    return Scheduled(network, scheduler)
+    read = from_diffusers("UNet2DModel").load_config(path, subfolder="unet")
+    network = from_diffusers(read["_class_name"]).from_pretrained(path, subfolder="unet", use_safetensors=True)
+    read = from_diffusers("DDPMScheduler", "scheduler").load_config(path, subfolder="scheduler")
+    return Scheduled(network, from_diffusers(read["_class_name"], "scheduler").from_config(read))
 
 
 class Discriminator(nn.Module):
@@ -97,7 +159,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Float[Tensor, "row *shape"], sigma: Float[Tensor, "row"]) -> Float[Tensor, "row heads"]:
         scale = (sigma.to(x) ** 2 + self.sigma_data**2).rsqrt()
-        return self.network(x * scale.reshape(-1, *[1] * (x.dim() - 1)), sigma)
+        return self.network(x * expand(scale, x), sigma)
 
 
 class TeacherHead(nn.Module):

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kullback.diffusion.by_name import from_diffusers
+
 Draw = Literal["log_uniform", "edm"]
 Spacing = Literal["log_sigma", "sigma"]
 
@@ -99,7 +101,7 @@ class Scheduled(nn.Module):
 
     Args:
         network: a diffusers model whose output has `.sample`, or any module called as network(x, timestep).
-        scheduler: one with `alphas_cumprod`, such as DDPMScheduler.
+        scheduler: one with `alphas_cumprod`, such as DDPMScheduler, or the name of its class in diffusers.
 
     Raises:
         ValueError: the scheduler has no `alphas_cumprod`, or an unknown prediction type.
@@ -109,8 +111,12 @@ class Scheduled(nn.Module):
 
     def __init__(self, network: nn.Module, scheduler: Any) -> None:
         super().__init__()
+        if isinstance(scheduler, str):
+            scheduler = from_diffusers(scheduler, "scheduler")()
         if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(f"scheduler={type(scheduler).__name__}: has no alphas_cumprod; use DDPMScheduler or DDIM")
+            raise ValueError(
+                f"scheduler={type(scheduler).__name__}: has no alphas_cumprod; use DDPMScheduler or DDIMScheduler"
+            )
         self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(f"scheduler prediction_type={self.predicts!r} is unknown here")
@@ -121,6 +127,12 @@ class Scheduled(nn.Module):
     def sigmas(self) -> Float[Tensor, "steps"]:
         """Our sigma of each of the scheduler's steps, rising."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    def loss_weight(self, sigma: Float[Tensor, "row"]) -> Float[Tensor, "row"]:
+        """What turns the squared error of x0 into that of the network's own answer, as it was trained."""
+        if self.predicts == "sample":
+            return torch.ones_like(sigma)
+        return sigma**-2 + (1.0 if self.predicts == "v_prediction" else 0.0)
 
     def forward(self, x: Float[Tensor, "row *shape"], sigma: Float[Tensor, "row"]) -> Float[Tensor, "row *shape"]:
         timestep = (self.sigmas.log()[None] - sigma.to(x).log()[:, None]).abs().argmin(1)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kullback.diffusion.data import Data
-from kullback.diffusion.noise import Denoiser, Noise, expand
+from kullback.diffusion.noise import Denoiser, Noise, Scheduled, expand
 from kullback.run.learner import Player
 from kullback.run.seeds import generator
 from kullback.run.terms import Term
@@ -32,7 +32,7 @@ class DenoiserTraining:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | Scheduled,
         data: Data,
         *,
         batch: int = 256,

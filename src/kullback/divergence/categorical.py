@@ -13,8 +13,6 @@ from kullback.divergence.pair import promote, together
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
 
-METHODS = ("categorical", "from_log_probs", "expected_link")
-
 
 def categorical(
     divergence: FDivergence,

@@ -1,4 +1,4 @@
-"""One object per divergence: three curves over the log-ratio, their limits, and the algebra that combines them.
+"""One object per divergence: three curves over the log-ratio and their limits.
 
     D(target, model) = sum_x model(x) f(u(x)),    u = target / model,    log_ratio = log target - log model
 
@@ -16,24 +16,19 @@ Everything is in nats and float32 or wider. A member implements four products (`
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kullback.divergence import categorical, linear, sampled, topk
+from kullback.divergence import categorical as _categorical
+from kullback.divergence import linear as _linear
+from kullback.divergence import sampled as _sampled
+from kullback.divergence import topk as _topk
 from kullback.divergence.inverse import solve_link
-from kullback.divergence.pair import INF, Limits, Pair, promote, together
-from kullback.divergence.sampled import Estimator, Route
-
-if TYPE_CHECKING:
-    from kullback.divergence.topk import Tail, TopK
+from kullback.divergence.pair import INF, Limits, Pair, promote, times, together
 
 Curve = Callable[[Pair], Tensor]
 
@@ -103,10 +98,10 @@ class FDivergence(ABC):
         return solve_link(self, g)
 
     def _potential(self, log_ratio: Tensor) -> Tensor:
-        return sampled.integrate_link(self, log_ratio)
+        return _sampled.integrate_link(self, log_ratio)
 
     def _reversed(self) -> FDivergence:
-        return Reversed(self)
+        return algebra.Reversed(self)
 
     # The curves ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +109,7 @@ class FDivergence(ABC):
         """f(u), centred and nonnegative. For measuring: as a loss or a reward its gradient is usually wrong.
 
         >>> from kullback.divergence import divergence
-        >>> divergence("reverse_kl").value(torch.tensor([0.0, math.log(2)]))
+        >>> divergence("reverse_kl").value(torch.tensor([1.0, 2.0]).log())
         tensor([0.0000, 0.3069])
         """
         end = INF if self.limits.slope_infinity > 0 else 0.0
@@ -126,7 +121,7 @@ class FDivergence(ABC):
         The logit gradient of D is model * (g - E_model g); -g is the reward of its policy gradient.
 
         >>> from kullback.divergence import divergence
-        >>> divergence("forward_kl").link(torch.tensor([0.0, math.log(2)]))  # 1 - u
+        >>> divergence("forward_kl").link(torch.tensor([1.0, 2.0]).log())  # 1 - u
         tensor([-0., -1.])
         """
         return self._at_ratio(log_ratio, self._link, self.limits.value_zero, self.limits.link_infinity)
@@ -206,8 +201,8 @@ class FDivergence(ABC):
         zero = torch.zeros_like(target)
         t, m = torch.where(edge, zero, target), torch.where(edge, zero, model)
         out = torch.where(edge, zero, curve(Pair(t, m, t - m)))
-        out = torch.where(lost & ~new, _times(no_target, torch.where(lost & ~new, model, zero)), out)
-        return torch.where(new & ~lost, _times(no_model, torch.where(new & ~lost, target, zero)), out)
+        out = torch.where(lost & ~new, times(no_target, torch.where(lost & ~new, model, zero)), out)
+        return torch.where(new & ~lost, times(no_model, torch.where(new & ~lost, target, zero)), out)
 
     # The ends ------------------------------------------------------------------------------------------------------
 
@@ -256,7 +251,7 @@ class FDivergence(ABC):
                 f'divergence="{self}": no unit scale, because f has no positive second derivative at 1; '
                 "use it at its textbook scale"
             )
-        return self if scale == 1 else Unit(self)
+        return self if scale == 1 else algebra.Unit(self)
 
     @property
     def reversed(self) -> FDivergence:
@@ -274,13 +269,13 @@ class FDivergence(ABC):
             raise ValueError(
                 f'divergence="skew({self}, {share:g})": the share must be in [0, 1); at 1 it is always zero'
             )
-        return self if share == 0 else Skewed(self, float(share))
+        return self if share == 0 else algebra.Skewed(self, float(share))
 
     def __add__(self, other: FDivergence) -> FDivergence:
-        return combine([(1.0, self), (1.0, other)]) if isinstance(other, FDivergence) else NotImplemented
+        return algebra.combine([(1.0, self), (1.0, other)]) if isinstance(other, FDivergence) else NotImplemented
 
     def __mul__(self, factor: float) -> FDivergence:
-        return combine([(float(factor), self)]) if isinstance(factor, (int, float)) else NotImplemented
+        return algebra.combine([(float(factor), self)]) if isinstance(factor, (int, float)) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -294,160 +289,17 @@ class FDivergence(ABC):
         return f'divergence("{self.name}")'
 
     # Evaluation ----------------------------------------------------------------------------------------------------
+    # Functions whose first argument is the divergence: as methods they keep their signatures and their words.
 
-    def categorical(
-        self,
-        target_logits: Float[Tensor, "*batch vocab"],
-        model_logits: Float[Tensor, "*batch vocab"],
-        *,
-        temperature: float = 1.0,
-        target_grad: bool = False,
-        pad_vocab: bool = False,
-    ) -> Float[Tensor, "*batch"]:
-        return categorical.categorical(
-            self,
-            target_logits,
-            model_logits,
-            temperature=temperature,
-            target_grad=target_grad,
-            pad_vocab=pad_vocab,
-        )
-
-    def from_log_probs(
-        self,
-        target_log_probs: Float[Tensor, "*batch outcome"],
-        model_log_probs: Float[Tensor, "*batch outcome"],
-        *,
-        target_grad: bool = False,
-    ) -> Float[Tensor, "*batch"]:
-        return categorical.from_log_probs(self, target_log_probs, model_log_probs, target_grad=target_grad)
-
-    def expected_link(
-        self,
-        target_logits: Float[Tensor, "*batch vocab"],
-        model_logits: Float[Tensor, "*batch vocab"],
-        *,
-        temperature: float = 1.0,
-        pad_vocab: bool = False,
-    ) -> Float[Tensor, "*batch"]:
-        return categorical.expected_link(
-            self, target_logits, model_logits, temperature=temperature, pad_vocab=pad_vocab
-        )
-
-    def topk_expected_link(
-        self,
-        target_log_probs: Float[Tensor, "*batch k"],
-        model_log_probs: Float[Tensor, "*batch k"],
-    ) -> Float[Tensor, "*batch"]:
-        return topk.topk_expected_link(self, target_log_probs, model_log_probs)
-
-    def topk(
-        self,
-        target_topk: TopK,
-        model_logits: Float[Tensor, "*batch vocab"],
-        *,
-        tail: Tail = "bucket",
-        temperature: float = 1.0,
-    ) -> Float[Tensor, "*batch"]:
-        return topk.topk(self, target_topk, model_logits, tail=tail, temperature=temperature)
-
-    def linear(
-        self,
-        target_hidden: Float[Tensor, "*batch target_width"],
-        target_head: Float[Tensor, "vocab target_width"],
-        model_hidden: Float[Tensor, "*batch model_width"],
-        model_head: Float[Tensor, "vocab model_width"],
-        *,
-        target_bias: Float[Tensor, "vocab"] | None = None,
-        model_bias: Float[Tensor, "vocab"] | None = None,
-        temperature: float = 1.0,
-        target_logit_scale: float = 1.0,
-        model_logit_scale: float = 1.0,
-        target_softcap: float | None = None,
-        model_softcap: float | None = None,
-        token_weight: Float[Tensor, "*batch"] | None = None,
-        chunk: int | None = None,
-        gradient_tolerance: float = 0.0,
-        pad_vocab: bool = False,
-    ) -> Float[Tensor, "*batch"]:
-        return linear.linear(
-            self,
-            target_hidden,
-            target_head,
-            model_hidden,
-            model_head,
-            target_bias=target_bias,
-            model_bias=model_bias,
-            temperature=temperature,
-            target_logit_scale=target_logit_scale,
-            model_logit_scale=model_logit_scale,
-            target_softcap=target_softcap,
-            model_softcap=model_softcap,
-            token_weight=token_weight,
-            chunk=chunk,
-            gradient_tolerance=gradient_tolerance,
-            pad_vocab=pad_vocab,
-        )
-
-    def linear_topk(
-        self,
-        target_topk: TopK,
-        model_hidden: Float[Tensor, "*batch width"],
-        model_head: Float[Tensor, "vocab width"],
-        *,
-        tail: Tail = "bucket",
-        model_bias: Float[Tensor, "vocab"] | None = None,
-        temperature: float = 1.0,
-        model_logit_scale: float = 1.0,
-        model_softcap: float | None = None,
-        token_weight: Float[Tensor, "*batch"] | None = None,
-        chunk: int | None = None,
-        gradient_tolerance: float = 0.0,
-    ) -> Float[Tensor, "*batch"]:
-        return linear.linear_topk(
-            self,
-            target_topk,
-            model_hidden,
-            model_head,
-            tail=tail,
-            model_bias=model_bias,
-            temperature=temperature,
-            model_logit_scale=model_logit_scale,
-            model_softcap=model_softcap,
-            token_weight=token_weight,
-            chunk=chunk,
-            gradient_tolerance=gradient_tolerance,
-        )
-
-    def sampled(
-        self,
-        target_log_prob: Float[Tensor, "*sample"],
-        model_log_prob: Float[Tensor, "*sample"],
-        *,
-        drawn_from: Literal["model", "target"] = "model",
-        estimator: Estimator = "centred",
-    ) -> Float[Tensor, "*sample"]:
-        return sampled.sampled(self, target_log_prob, model_log_prob, drawn_from=drawn_from, estimator=estimator)
-
-    def surrogate(
-        self,
-        target_log_prob: Float[Tensor, "*sample"],
-        model_log_prob: Float[Tensor, "*sample"],
-        *,
-        route: Route | None = None,
-        drawn_from: Literal["model", "target"] = "model",
-        baseline: Float[Tensor, "*sample"] | float | None = None,
-        target_grad: bool = False,
-    ) -> Float[Tensor, "*sample"]:
-        return sampled.surrogate(
-            self,
-            target_log_prob,
-            model_log_prob,
-            route=route,
-            drawn_from=drawn_from,
-            baseline=baseline,
-            target_grad=target_grad,
-        )
+    categorical = _categorical.categorical
+    from_log_probs = _categorical.from_log_probs
+    expected_link = _categorical.expected_link
+    topk = _topk.topk
+    topk_expected_link = _topk.topk_expected_link
+    linear = _linear.linear
+    linear_topk = _linear.linear_topk
+    sampled = _sampled.sampled
+    surrogate = _sampled.surrogate
 
     @staticmethod
     def from_generator(f: Callable[[Tensor], Tensor], *, name: str = "generator", equation: str = "") -> FDivergence:
@@ -456,332 +308,4 @@ class FDivergence(ABC):
         return from_generator(f, name=name, equation=equation)
 
 
-for _module in (categorical, topk, linear, sampled):  # a method's documentation is that of the function it calls
-    for _name in _module.METHODS:
-        getattr(FDivergence, _name).__doc__ = getattr(_module, _name).__doc__
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Combination(FDivergence):
-    """sum_i c_i D_i with c_i > 0. Built by + and *, which merge equal terms."""
-
-    terms: tuple[tuple[float, FDivergence], ...]
-
-    @property
-    def name(self) -> str:
-        return " + ".join(d.name if c == 1 else f"{number(c)}*{d.name}" for c, d in self.terms)
-
-    @property
-    def equation(self) -> str:
-        return " + ".join(d.equation if c == 1 else f"{c:.6g} * [{d.equation}]" for c, d in self.terms)
-
-    @property
-    def smooth(self) -> bool:
-        return all(d.smooth for _, d in self.terms)
-
-    @cached_property
-    def limits(self) -> Limits:
-        total = Limits(0, 0, 0, 0, 0, 0)
-        for c, d in self.terms:
-            total = total.plus(d.limits.scaled(c))
-        return total
-
-    @property
-    def second_derivative_at_one(self) -> float:
-        return sum(c * d.second_derivative_at_one for c, d in self.terms)
-
-    @property
-    def plain_slope(self) -> float:
-        return sum(c * d.plain_slope for c, d in self.terms)
-
-    def _value(self, pair: Pair) -> Tensor:
-        return _sum([c * d._value(pair) for c, d in self.terms])
-
-    def _link(self, pair: Pair) -> Tensor:
-        return _sum([c * d._link(pair) for c, d in self.terms])
-
-    def _slope(self, pair: Pair) -> Tensor:
-        return _sum([c * d._slope(pair) for c, d in self.terms])
-
-    def _curvature(self, pair: Pair) -> Tensor:
-        return _sum([c * d._curvature(pair) for c, d in self.terms])
-
-    def _plain(self, pair: Pair) -> Tensor:
-        return _sum([c * d._plain(pair) for c, d in self.terms])
-
-    def _inverse_link(self, g: Tensor) -> Tensor:
-        if len(self.terms) == 1:
-            ((factor, only),) = self.terms
-            return only._inverse_link(g / factor)
-        return solve_link(self, g)
-
-    def _potential(self, log_ratio: Tensor) -> Tensor:
-        return _sum([c * d._potential(log_ratio) for c, d in self.terms])
-
-    def _reversed(self) -> FDivergence:
-        return combine([(c, d.reversed) for c, d in self.terms])
-
-    @property
-    def unit(self) -> FDivergence:
-        return self.terms[0][1].unit if len(self.terms) == 1 else super().unit
-
-
-class _Wrapper(FDivergence):
-    """Another divergence, changed by a factor or a name only."""
-
-    inner: FDivergence
-
-    @property
-    def factor(self) -> float:
-        return 1.0
-
-    @property
-    def equation(self) -> str:
-        return f"{self.factor:.6g} * [{self.inner.equation}]"
-
-    @property
-    def smooth(self) -> bool:
-        return self.inner.smooth
-
-    @cached_property
-    def limits(self) -> Limits:
-        return self.inner.limits.scaled(self.factor)
-
-    @property
-    def second_derivative_at_one(self) -> float:
-        return self.factor * self.inner.second_derivative_at_one
-
-    @property
-    def plain_slope(self) -> float:
-        return self.factor * self.inner.plain_slope
-
-    def _scale(self, x: Tensor) -> Tensor:
-        return x if self.factor == 1 else self.factor * x
-
-    def _value(self, pair: Pair) -> Tensor:
-        return self._scale(self.inner._value(pair))
-
-    def _link(self, pair: Pair) -> Tensor:
-        return self._scale(self.inner._link(pair))
-
-    def _slope(self, pair: Pair) -> Tensor:
-        return self._scale(self.inner._slope(pair))
-
-    def _curvature(self, pair: Pair) -> Tensor:
-        return self._scale(self.inner._curvature(pair))
-
-    def _plain(self, pair: Pair) -> Tensor:
-        return self._scale(self.inner._plain(pair))
-
-    def _inverse_link(self, g: Tensor) -> Tensor:
-        return self.inner._inverse_link(g / self.factor)
-
-    def _potential(self, log_ratio: Tensor) -> Tensor:
-        return self._scale(self.inner._potential(log_ratio))
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Unit(_Wrapper):
-    """D / f''(1)."""
-
-    inner: FDivergence
-
-    @property
-    def name(self) -> str:
-        return f"unit({self.inner.name})"
-
-    @property
-    def factor(self) -> float:
-        return 1 / self.inner.second_derivative_at_one
-
-    @property
-    def second_derivative_at_one(self) -> float:
-        return 1.0
-
-    @property
-    def unit(self) -> FDivergence:
-        return self
-
-    def _reversed(self) -> FDivergence:
-        return self.inner.reversed.unit
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Named(_Wrapper):
-    """A divergence built from others and known by a name of its own."""
-
-    title: str
-    inner: FDivergence
-    text: str
-    mirror: str = ""  # the name of its reversal, where that has one; its own name if it is symmetric
-
-    @property
-    def name(self) -> str:
-        return self.title
-
-    @property
-    def equation(self) -> str:
-        return self.text
-
-    def _reversed(self) -> FDivergence:
-        if self.mirror == self.title:
-            return self
-        if self.mirror:
-            from kullback.divergence.parse import divergence
-
-            return divergence(self.mirror)
-        return Reversed(self)
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Reversed(FDivergence):
-    """D(model, target): f*(u) = u f(1 / u). Link and slope change places."""
-
-    inner: FDivergence
-
-    @property
-    def name(self) -> str:
-        return f"reversed({self.inner.name})"
-
-    @property
-    def equation(self) -> str:
-        return f"[{self.inner.equation}] with target and model exchanged"
-
-    @property
-    def smooth(self) -> bool:
-        return self.inner.smooth
-
-    @cached_property
-    def limits(self) -> Limits:
-        return self.inner.limits.reversed()
-
-    @property
-    def second_derivative_at_one(self) -> float:
-        return self.inner.second_derivative_at_one
-
-    @property
-    def plain_slope(self) -> float:
-        return -self.inner.plain_slope
-
-    def _value(self, pair: Pair) -> Tensor:
-        return self.inner._value(pair.swap())
-
-    def _link(self, pair: Pair) -> Tensor:
-        return self.inner._slope(pair.swap())
-
-    def _slope(self, pair: Pair) -> Tensor:
-        return self.inner._link(pair.swap())
-
-    def _curvature(self, pair: Pair) -> Tensor:
-        return self.inner._curvature(pair.swap())
-
-    def _plain(self, pair: Pair) -> Tensor:
-        return self.inner._plain(pair.swap())
-
-    def _reversed(self) -> FDivergence:
-        return self.inner
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Skewed(FDivergence):
-    """D(target, x) with x = share * target + (1 - share) * model.
-
-    With s = (1 - share) m / x:  m g = x s g_D,  m h = x s^2 h_D,  g_D and h_D taken at target / x.
-    """
-
-    inner: FDivergence
-    share: float
-
-    @property
-    def name(self) -> str:
-        return f"skew({self.inner.name}, {number(self.share)})"
-
-    @property
-    def equation(self) -> str:
-        a = number(self.share)
-        return f"[{self.inner.equation}] with model replaced by {a} target + (1 - {a}) model"
-
-    @property
-    def smooth(self) -> bool:
-        return self.inner.smooth
-
-    @cached_property
-    def limits(self) -> Limits:
-        a, inner = self.share, self.inner.limits
-        far = torch.tensor(-math.log(a), dtype=torch.float64)  # log(target / x) where the model is zero
-        return Limits(
-            value_zero=(1 - a) * inner.value_zero,
-            slope_infinity=a * self.inner.value(far).item(),
-            link_infinity=(1 - a) * self.inner.link(far).item(),
-            slope_zero=-INF if inner.slope_zero == -INF else inner.slope_zero + a * inner.value_zero,
-            link_per_ratio=0.0,
-            ratio_slope=(1 - a) * inner.ratio_slope,
-        )
-
-    @property
-    def second_derivative_at_one(self) -> float:
-        return (1 - self.share) ** 2 * self.inner.second_derivative_at_one
-
-    @property
-    def plain_slope(self) -> float:
-        return (1 - self.share) * self.inner.plain_slope
-
-    def _value(self, pair: Pair) -> Tensor:
-        return self.inner._value(pair.mix(self.share)[0])
-
-    def _link(self, pair: Pair) -> Tensor:
-        mixed, to_model = pair.mix(self.share)
-        return self.inner._link(mixed.shift(math.log1p(-self.share) - to_model))
-
-    def _slope(self, pair: Pair) -> Tensor:
-        mixed, _ = pair.mix(self.share)
-        slope = self.inner._slope(mixed)
-        link = self.inner._link(mixed.shift(math.log(self.share) + mixed.ratio))
-        return torch.where(torch.isinf(slope), slope, slope + link)  # the slope decides where both overflow
-
-    def _curvature(self, pair: Pair) -> Tensor:
-        mixed, to_model = pair.mix(self.share)
-        return self.inner._curvature(mixed.shift(2 * (math.log1p(-self.share) - to_model)))
-
-    def _plain(self, pair: Pair) -> Tensor:
-        return self.inner._plain(pair.mix(self.share)[0])
-
-
-def combine(terms: list[tuple[float, FDivergence]]) -> FDivergence:
-    """sum_i c_i D_i, flattened, equal terms merged; a single term with coefficient 1 is that term."""
-    merged: dict[FDivergence, float] = {}
-    for coefficient, d in terms:
-        if not 0 < coefficient < INF:
-            raise ValueError(
-                f'divergence="{number(coefficient)}*{d}": a coefficient must be positive and finite; '
-                "a negative one would move the model away from the target"
-            )
-        for inner, part in ((p, q) for q, p in d.terms) if isinstance(d, Combination) else ((d, 1.0),):
-            merged[inner] = merged.get(inner, 0.0) + coefficient * part
-    if len(merged) == 1 and next(iter(merged.values())) == 1:
-        return next(iter(merged))
-    return Combination(tuple((c, d) for d, c in merged.items()))
-
-
-def number(x: float) -> str:
-    """The shortest text that reads back as x."""
-    return repr(int(x)) if x == int(x) and abs(x) < 1e15 else repr(x)
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _times(factor: float, log_weight: Tensor) -> Tensor:
-    """factor * exp(log_weight); an infinite factor wins against a weight that has underflowed."""
-    if math.isinf(factor) or factor == 0:
-        return torch.full_like(log_weight, factor)
-    return factor * torch.exp(log_weight)
+from kullback.divergence import algebra  # noqa: E402  # last: what it combines and wraps are divergences

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from kullback.divergence.curves import FDivergence, Named, combine, number
+from kullback.divergence.algebra import Named, combine, number
+from kullback.divergence.curves import FDivergence
 from kullback.divergence.members import FORWARD, JSD, REVERSE, Alpha, LeCam, TotalVariation
 
 _HELLINGER = ("squared_hellinger", "1 - sum sqrt(target model)", -0.5)

@@ -12,7 +12,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from kullback.divergence.curves import Combination, FDivergence, Named, Reversed, Skewed, Unit
+from kullback.divergence.algebra import Combination, Named, Reversed, Skewed, Unit
+from kullback.divergence.curves import FDivergence
 from kullback.divergence.generator import Generator, _continue, _near
 from kullback.divergence.members import JSD, Alpha, LeCam
 from kullback.divergence.pair import INF, Pair
@@ -50,38 +51,59 @@ def _(divergence: Reversed, pair: Pair) -> tuple[Tensor, Tensor]:
 
 @curves.register
 def _(divergence: Skewed, pair: Pair) -> tuple[Tensor, Tensor]:
-    share = divergence.share
-    to_mix, to_model = mix(pair.ratio, share)
-    mixed = Pair(pair.target, torch.where(pair.ratio > 0, pair.target - to_mix, pair.model + to_model), to_mix)
+    mixed, to_model = _skewed(divergence, pair)
     value, link = curves(divergence.inner, mixed)
-    return value, link * torch.exp(math.log1p(-share) - to_model)
+    return value, link * torch.exp(math.log1p(-divergence.share) - to_model)
+
+
+def _skewed(divergence: Skewed, pair: Pair) -> tuple[Pair, Tensor]:
+    """`Pair.mix`, without a branch on data."""
+    to_mix, to_model = mix(pair.ratio, divergence.share)
+    x = torch.where(pair.ratio > 0, pair.target - to_mix, pair.model + to_model)  # add to the nearer of the two
+    return Pair(pair.target, x, to_mix), to_model
 
 
 @curves.register
 def _(divergence: Alpha, pair: Pair) -> tuple[Tensor, Tensor]:
     """Near ratio 0 the power series, elsewhere the definition."""
     a, r = divergence.a, pair.ratio
-    t, m = torch.exp(pair.target), torch.exp(pair.model)
+    t, m, power = _powers(a, pair)
+    value = _alpha_value(a, r, t, m, power)
     if a == 0:
-        value, link = t - m - m * r, -m * r
-    elif a == 1:
-        value, link = t * r + m - t, m - t
-    else:
-        power = torch.exp(pair.model + a * r)
-        value, link = (power - (1 - a) * m - a * t) / (a * (a - 1)), (m - power) / a
-    edge, terms = 0.5 / max(1.0, abs(a)), 18 if r.dtype == torch.float64 else 9
-    near = r.abs() <= edge
-    x = torch.where(near, r, 0.0)
-    v = torch.full_like(x, _coefficient(a, terms))
+        return divergence.scale * value, divergence.scale * (-m * r)
+    edge, terms = _series(a, r)
+    near, x = r.abs() <= edge, r.clamp(-edge, edge)
     g = torch.full_like(x, -(a ** (terms - 1)) / math.factorial(terms))
     for k in range(terms - 1, 0, -1):
-        if k > 1:
-            v = v * x + _coefficient(a, k)
         g = g * x - a ** (k - 1) / math.factorial(k)
-    value = torch.where(near, m * v * x * x, value)
-    if a != 0:
-        link = torch.where(near, m * g * x, link)
+    link = torch.where(near, m * g * x, (m - power) / a)
     return divergence.scale * value, divergence.scale * link
+
+
+def _powers(a: float, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """t, m and t^a m^(1 - a)."""
+    t, m = torch.exp(pair.target), torch.exp(pair.model)
+    return t, m, m if a == 0 else t if a == 1 else torch.exp(pair.model + a * pair.ratio)
+
+
+def _alpha_value(a: float, r: Tensor, t: Tensor, m: Tensor, power: Tensor) -> Tensor:
+    if a == 0:
+        value = t - m - m * r
+    elif a == 1:
+        value = t * r + m - t
+    else:
+        value = (power - (1 - a) * m - a * t) / (a * (a - 1))
+    edge, terms = _series(a, r)
+    near, x = r.abs() <= edge, r.clamp(-edge, edge)
+    v = torch.full_like(x, _coefficient(a, terms))
+    for k in range(terms - 1, 1, -1):
+        v = v * x + _coefficient(a, k)
+    return torch.where(near, m * v * x * x, value)
+
+
+def _series(a: float, r: Tensor) -> tuple[float, int]:
+    """Up to which |ratio| the power series is taken, and to which power."""
+    return 0.5 / max(1.0, abs(a)), 18 if r.dtype == torch.float64 else 9
 
 
 @curves.register
@@ -114,6 +136,39 @@ def _(divergence: Generator, pair: Pair) -> tuple[Tensor, Tensor]:
             out = torch.where(beyond, _continue(tail, x, heavier, curve, side > 0), out)
         both.append(out)
     return both[0], both[1]
+
+
+@singledispatch
+def value(divergence: FDivergence, pair: Pair) -> Tensor:
+    """m f(t / m) alone, where nobody asks for the link."""
+    return curves(divergence, pair)[0]
+
+
+@value.register
+def _(divergence: Combination, pair: Pair) -> Tensor:
+    parts = [c * value(inner, pair) for c, inner in divergence.terms]
+    return sum(parts[1:], parts[0])
+
+
+@value.register(Unit)
+@value.register(Named)
+def _(divergence: Unit | Named, pair: Pair) -> Tensor:
+    return divergence._scale(value(divergence.inner, pair))
+
+
+@value.register
+def _(divergence: Reversed, pair: Pair) -> Tensor:
+    return value(divergence.inner, pair.swap())
+
+
+@value.register
+def _(divergence: Skewed, pair: Pair) -> Tensor:
+    return value(divergence.inner, _skewed(divergence, pair)[0])
+
+
+@value.register
+def _(divergence: Alpha, pair: Pair) -> Tensor:
+    return divergence.scale * _alpha_value(divergence.a, pair.ratio, *_powers(divergence.a, pair))
 
 
 def mix(ratio: Tensor, share: float) -> tuple[Tensor, Tensor]:

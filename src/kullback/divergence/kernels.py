@@ -9,7 +9,6 @@ user's f is traced through its autodiff, so it gets a kernel too.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kullback.divergence.categorical import finite_rows
-from kullback.divergence.pair import INF, Pair
+from kullback.divergence.pair import INF, Pair, times
 
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
@@ -101,17 +100,19 @@ def eager_rows(
     divergence: FDivergence, target: Tensor, model: Tensor, factor: Tensor, with_gradient: bool = True
 ) -> Tensor:
     """`plain_rows` with the curves of `rows`, where no logit is -inf: the uncompiled path."""
-    from kullback.divergence.joint import curves
+    from kullback.divergence.joint import curves, value
 
     if model.numel() == 0 or (torch.minimum(target.amin(), model.amin()) == -INF).item():
         return plain_rows(divergence, target, model, factor, with_gradient)
     z_t, z_m = (torch.logsumexp(x, dim=-1, keepdim=True) for x in (target, model))
     ratio = (target - model).sub_(z_t - z_m)
-    value, link = curves(divergence, Pair(target.sub_(z_t), model.sub_(z_m), ratio))
-    if with_gradient:
-        link = finite_rows(link)
-        model.exp_().mul_(-link.sum(-1, keepdim=True)).add_(link).mul_(factor)
-    return value.sum(-1)
+    pair = Pair(target.sub_(z_t), model.sub_(z_m), ratio)
+    if not with_gradient:
+        return value(divergence, pair).sum(-1)
+    values, link = curves(divergence, pair)
+    link = finite_rows(link)
+    model.exp_().mul_(-link.sum(-1, keepdim=True)).add_(link).mul_(factor)
+    return values.sum(-1)
 
 
 def rows(
@@ -147,17 +148,11 @@ def weighted(
 
     def ends(inner: Tensor, no_target: float, no_model: float) -> Tensor:
         out = torch.where(edge, 0.0, inner)
-        out = torch.where(only_model, _times(no_target, log_m), out)
-        return torch.where(only_target, _times(no_model, log_t), out)
+        out = torch.where(only_model, times(no_target, log_m), out)
+        return torch.where(only_target, times(no_model, log_t), out)
 
     value = ends(value, limits.value_zero, limits.slope_infinity)
     return log_m, value, ends(link, limits.value_zero, limits.link_per_ratio)
-
-
-def _times(factor: float, log_weight: Tensor) -> Tensor:
-    if math.isinf(factor) or factor == 0:
-        return torch.full_like(log_weight, factor)
-    return factor * torch.exp(log_weight)
 
 
 @lru_cache(maxsize=256)

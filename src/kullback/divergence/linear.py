@@ -23,7 +23,6 @@ from kullback.divergence.topk import Tail, TopK, check
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
 
-METHODS = ("linear", "linear_topk")
 
 LEAST_ENTRIES = 2**22  # logits of one chunk, whatever the widths: 16 MiB in float32
 MOST_ENTRIES = 2**27  # and at most: 512 MiB

@@ -10,7 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from kullback.divergence.curves import FDivergence, number
+from kullback.divergence.algebra import number
+from kullback.divergence.curves import FDivergence
 from kullback.divergence.pair import INF, Limits, Pair, minus_log_mirror, minus_log_series
 
 

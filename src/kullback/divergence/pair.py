@@ -89,6 +89,13 @@ def together(a: Tensor | float, b: Tensor | float) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def times(factor: float, log_weight: Tensor) -> Tensor:
+    """factor * exp(log_weight); an infinite factor wins against a weight that has underflowed."""
+    if math.isinf(factor) or factor == 0:
+        return torch.full_like(log_weight, factor)
+    return factor * torch.exp(log_weight)
+
+
 def minus_log_series(gap: Tensor) -> Tensor:
     """exp(n) - 1 - n for n <= 0, to full relative precision (about n^2 / 2 near 0, -n far away)."""
     terms, edge = (14, 0.4) if gap.dtype == torch.float64 else (7, 0.25)

@@ -11,7 +11,8 @@ import difflib
 import math
 import re
 
-from kullback.divergence.curves import FDivergence, combine
+from kullback.divergence.algebra import combine
+from kullback.divergence.curves import FDivergence
 from kullback.divergence.family import AMBIGUOUS, Member, aliases, divergences
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))")

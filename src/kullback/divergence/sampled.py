@@ -18,7 +18,6 @@ from kullback.divergence.pair import promote, together
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
 
-METHODS = ("sampled", "surrogate")
 Estimator = Literal["centred", "plain", "k1", "k2", "k3"]
 Route = Literal["link", "squared", "value"]
 DrawnFrom = Literal["model", "target"]

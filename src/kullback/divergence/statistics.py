@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kullback.divergence import kernels, linear
-from kullback.divergence.joint import curves
+from kullback.divergence.joint import value
 from kullback.divergence.pair import INF, Pair
 from kullback.divergence.parse import divergence
 
@@ -238,13 +238,14 @@ def of_two(
         parts = [kernels.weighted(measure, target, model, z_t, z_m)[1] for measure in measures]
     else:
         pair = Pair(log_t, log_m, (target - model) - (z_t - z_m))
-        parts = [curves(measure, pair)[0] for measure in measures]
+        parts = [value(measure, pair) for measure in measures]
     values = [part.sum(-1) for part in parts]
-    return z_t[:, 0], _entropy(log_t), z_m[:, 0], _entropy(log_m), *values, *log_affinity
+    return z_t[:, 0], _entropy(log_t, edges), z_m[:, 0], _entropy(log_m, edges), *values, *log_affinity
 
 
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)  # 0 * -inf would be NaN
+def _entropy(log_p: Tensor, edges: bool = True) -> Tensor:
+    finite = log_p.clamp_min(torch.finfo(log_p.dtype).min) if edges else log_p  # 0 * -inf would be NaN
+    return -(log_p.exp() * finite).sum(-1)
 
 
 @lru_cache(maxsize=256)
@@ -313,7 +314,7 @@ class _Block:
         kernel = self._kernel(pairing, target)
         if kernel is not None:
             return kernel(target, model)
-        edges = target.numel() > 0 and bool(torch.minimum(target.amin(), model.amin()) == -INF)
+        edges = target.numel() > 0 and not bool(torch.minimum(target.amin(), model.amin()) > -INF)  # nan too
         return of_two(*pairing, edges, target, model)
 
     def _kernel(self, pairing: Pairing | None, like: Tensor) -> Any:

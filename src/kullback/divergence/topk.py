@@ -16,7 +16,6 @@ from kullback.divergence.pair import promote, together
 if TYPE_CHECKING:
     from kullback.divergence.curves import FDivergence
 
-METHODS = ("topk", "topk_expected_link")
 Tail = Literal["bucket", "drop", "renormalise"]
 
 # Below this a tail computed as 1 - sum is rounding; a cache that knows better stores `log_tail`.

@@ -46,6 +46,20 @@ def shaped_reward(
     return torch.stack([weight * rewards[name] for name, weight in weights.items()]).sum(0)
 
 
+def overlong(lengths: Int[Tensor, "row"], *, longest: int, soft: int) -> Float[Tensor, "row"]:
+    """A grade from 0 to -1 that falls over the last `soft` of the `longest` tokens that an answer may have.
+
+    Length is paid for little by little, where a penalty on cut answers alone would come with the last token.
+
+    Source: DAPO, arXiv 2503.14476, equation 13, with L_max = longest and L_cache = soft; there the grade is added to an
+    accuracy of -1 or 1, so that beside one of 0 or 1 its weight is 0.5.
+
+    >>> overlong(torch.tensor([10, 16, 18, 20]), longest=20, soft=4).tolist()
+    [0.0, 0.0, -0.5, -1.0]
+    """
+    return ((longest - soft - lengths) / soft).clamp(-1, 0)
+
+
 def informative(reward: Float[Tensor, "row"], group: Int[Tensor, "row"]) -> Bool[Tensor, "row"]:
     """Whether the rows of a row's group have different rewards; nan is left out. A group of equals teaches nothing."""
     _, index = torch.unique(group, return_inverse=True)

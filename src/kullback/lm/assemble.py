@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kullback.lm.cache import TopKCache
+from kullback.lm.decode import check_compiles
 from kullback.lm.models import check_head, check_same_tokenizer, load_model, load_tokenizer, tokenizer_fingerprint
 from kullback.lm.moment import Moment
 from kullback.lm.parts import ATTRIBUTE, build_parts
@@ -29,6 +30,8 @@ def assemble(plan: Plan) -> Moment:
     student, tokenizer = _student(plan)
     device = settings.device or default_device()
     check_head(student, role="student")
+    if settings.compile_decode:
+        check_compiles(student)
     if settings.lora is not None:
         student = _adapt(student, settings.lora)
     player: dict[str, Any] = {"student": student.to(device)}
@@ -40,6 +43,7 @@ def assemble(plan: Plan) -> Moment:
         seed=settings.seed,
         prompts_per_step=settings.prompts_per_step,
         rows_at_once=settings.rows_at_once,
+        compile_decode=settings.compile_decode,
     )
     for name, model in plan.players.items():
         if isinstance(model, str) and model == INITIAL:

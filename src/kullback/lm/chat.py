@@ -1,13 +1,28 @@
 """Chat turns to token ids: what a model reads, and what it is trained to write."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from kullback.lm.rollout import Origin
 
 Turns = Sequence[dict[str, str]]
+KEPT = 1 << 14  # texts whose ids are kept: those of a small data set come again in every epoch
+Ids = tuple["array[int]", ...]
+_TEXTS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[Any, ...], Ids]] = WeakKeyDictionary()
+
+
+def _kept(tokenizer: PreTrainedTokenizerBase, turns: tuple[Any, ...], read: Callable[[], tuple[list[int], ...]]) -> Ids:
+    texts = _TEXTS.setdefault(tokenizer, {})
+    key = (tokenizer.chat_template, tokenizer.eos_token, repr(turns))
+    if key not in texts:
+        if len(texts) >= KEPT:
+            texts.clear()
+        texts[key] = tuple(array("i", ids) for ids in read())
+    return texts[key]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, generation: bool) -> str:
@@ -21,8 +36,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, system: str 
     """Token ids up to where the assistant starts to write. `system` replaces or adds the system turn."""
     if system is not None:
         turns = [{"role": "system", "content": system}, *(turn for turn in turns if turn["role"] != "system")]
-    text = render(tokenizer, turns, generation=True)
-    return list(tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"])
+
+    def read() -> tuple[list[int]]:
+        text = render(tokenizer, turns, generation=True)
+        return (tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"],)
+
+    return list(_kept(tokenizer, ("prompt", list(turns)), read)[0])
 
 
 def reply_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, reply: Turns) -> tuple[list[int], list[int]]:
@@ -33,6 +52,11 @@ def reply_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, reply: Turns) ->
     Raises:
         ValueError: the template rewrites earlier turns, so that no text is the beginning of the next.
     """
+    ids, origins = _kept(tokenizer, ("reply", list(turns), list(reply)), lambda: _reply_ids(tokenizer, turns, reply))
+    return list(ids), list(origins)
+
+
+def _reply_ids(tokenizer: PreTrainedTokenizerBase, turns: Turns, reply: Turns) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     origins: list[int] = []
     before = render(tokenizer, turns, generation=True)

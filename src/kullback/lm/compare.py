@@ -31,6 +31,7 @@ FREE = (
     "train.keep_checkpoints",
     "train.trackers",
     "train.rows_at_once",
+    "train.compile_decode",
     "train.device",
 )
 

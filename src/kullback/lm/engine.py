@@ -7,6 +7,7 @@ step is cut into micro-batches, and over how many processes, changes nothing but
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from kullback.lm.players import copy_weights
 from kullback.lm.predictions import FullPredictions, HiddenPredictions
 from kullback.lm.rollout import Origin, Rollout
 from kullback.lm.scores import Scores, players_of
+from kullback.lm.shards import whole
 from kullback.lm.targets import FrozenTarget, Target, read
 from kullback.run.controllers import Controller
 from kullback.run.processes import sum_over_ranks
@@ -82,8 +84,16 @@ class Engine:
         self.at.step = draw
         if turn == 0 or self.step_batch is None:
             self.control("step", draw)
-            self.step_batch = self.draw()
+            with whole(self.at.model("student")) if self._asks_student() else nullcontext():
+                self.step_batch = self.draw()
         return self.cut(self.step_batch)
+
+    def _asks_student(self) -> bool:
+        """Whether a draw calls the student, which not every process then does equally often."""
+        method = self.at.method
+        asked = {name for score in method.scores for name in players_of(score)}
+        asked |= {target.player for target in method.targets().values() if isinstance(target, FrozenTarget)}
+        return "student" in asked or Origin.STUDENT in method.source().writes
 
     def begin(self) -> None:
         """What the method does once, before the first step of a run that does not resume."""

@@ -131,10 +131,17 @@ class Evaluation:
                 samples=samples,
                 temperature=self.settings.temperature,
                 rows_at_once=at.rows_at_once,
+                compile_decode=at.compile_decode,
             )
             new = [(problem.id, j) for problem in fresh for j in range(samples)]
             kept |= dict(zip(new, zip(written.completions, written.finished, strict=True), strict=True))
         return Texts(problems, samples, [kept[key][0] for key in keys], [kept[key][1] for key in keys])
+
+    def chunks(self, at: Moment, player: str, places: Sequence[int], samples: int) -> list[list[int]]:
+        """Problems of like prompt length go together, as many as the rows that are written at once."""
+        problems, size = self.problems, max(at.rows_at_once // samples, 1)
+        order = sorted(places, key=lambda i: len(self.prompt(at, player, problems[i])))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _limit(self, at: Moment, max_completion: int) -> int:
         limit, room = self.settings.max_completion or max_completion, context_length(at.model("student"))
@@ -186,13 +193,13 @@ def grade(evaluation: Evaluation, at: Moment, player: str, label: str) -> dict[s
     grades = _Grades(len(problems), samples)
     with ProgressBar((len(problems) + compared) * samples, label) as progress:
         for part, target in ((range(compared), "teacher"), (range(compared, len(problems)), None)):
-            for chunk in _chunks(evaluation, at, player, part, samples):
+            for chunk in evaluation.chunks(at, player, part, samples):
                 texts = evaluation.write(at, player, [problems[i] for i in chunk], samples)
-                grades.add(chunk, texts, _verify(at, texts), _measure(evaluation, at, player, target, texts))
+                grades.add(chunk, texts, verify(at, texts), measure(evaluation, at, player, target, texts))
                 progress.advance(len(chunk) * samples, **grades.live())
-        for chunk in _chunks(evaluation, at, "teacher", range(compared), samples):
+        for chunk in evaluation.chunks(at, "teacher", range(compared), samples):
             texts = evaluation.write(at, "teacher", [problems[i] for i in chunk], samples)
-            grades.add_teacher_text(chunk, texts, _measure(evaluation, at, player, "teacher", texts))
+            grades.add_teacher_text(chunk, texts, measure(evaluation, at, player, "teacher", texts))
             progress.advance(len(chunk) * samples)
     return grades.metrics(compared)
 
@@ -210,9 +217,9 @@ def probe(evaluation: Evaluation, at: Moment) -> dict[str, float]:
     if not problems:
         return {}
     texts = evaluation.write(at, "student", problems, 1)
-    entropy = float(_measure(evaluation, at, "student", None, texts)["entropy"].sum())
+    entropy = float(measure(evaluation, at, "student", None, texts)["entropy"].sum())
     lengths = [len(completion) for completion in texts.completions]
-    known = [rewards["accuracy"] for rewards in _verify(at, texts) if not math.isnan(rewards["accuracy"])]
+    known = [rewards["accuracy"] for rewards in verify(at, texts) if not math.isnan(rewards["accuracy"])]
     found = {"accuracy": sum(known) / len(known)} if known else {}
     return found | {"entropy": entropy / sum(lengths), "length": sum(lengths) / len(lengths)}
 
@@ -229,7 +236,7 @@ def token_samples(evaluation: Evaluation, at: Moment, step: int) -> list[dict[st
     texts = evaluation.write(at, "student", problems, 1)
     name = str(getattr(at.method, "divergence", None) or "forward_kl")
     target = "teacher" if "teacher" in at.players else None
-    rewards = _verify(at, texts)
+    rewards = verify(at, texts)
     routes = _routes(evaluation, at, texts, rewards)
     shown = []
     for row, problem in enumerate(problems):  # one by one: a few rows, and each keeps its likeliest tokens
@@ -421,14 +428,8 @@ def distinct(completions: Sequence[Sequence[int]], n: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def _chunks(evaluation: Evaluation, at: Moment, player: str, places: Sequence[int], samples: int) -> list[list[int]]:
-    """Problems of like prompt length go together, as many as the rows that are written at once."""
-    problems, size = evaluation.problems, max(at.rows_at_once // samples, 1)
-    order = sorted(places, key=lambda i: len(evaluation.prompt(at, player, problems[i])))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _verify(at: Moment, texts: Texts) -> list[dict[str, float]]:
+def verify(at: Moment, texts: Texts) -> list[dict[str, float]]:
+    """What the task's verifier says of each row; "accuracy" is NaN where it gave no verdict."""
     decoded = at.tokenizer.batch_decode(texts.completions, skip_special_tokens=True)
     grades = []
     for row, text in enumerate(decoded):
@@ -438,7 +439,7 @@ def _verify(at: Moment, texts: Texts) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def _measure(
+def measure(
     evaluation: Evaluation, at: Moment, player: str, target: str | None, texts: Texts
 ) -> dict[str, Float[Tensor, "row"]]:
     """Sums over each row's tokens of the player's entropy and, with a target, of its divergences from it."""

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kullback.lm.cache import row_key
 from kullback.lm.layout import Side, lay_out
-from kullback.lm.models import head_of, hidden_states, in_shards
+from kullback.lm.lines import Line, best_lines, cost_of, lay_out_lines, reads_lines
+from kullback.lm.models import head_of, hidden_states
 from kullback.lm.players import AdapterOff
 from kullback.lm.predictions import FullPredictions, HiddenPredictions, LogitPredictions
 from kullback.lm.rollout import Rollout
+from kullback.lm.shards import in_shards
 
 
 def read(
@@ -24,34 +26,57 @@ def read(
     pad_id: int = 0,
     wrapped: Any = None,
 ) -> FullPredictions:
-    """One forward pass over prompts (the student's, unless others are given) and completions.
+    """Prompts (the student's, unless others are given) and completions, read in as few and as full calls as pay.
 
-    Where padding would cost more than a further call, rows of like length go through the model apart from the others.
+    Short rows share a line, and so do the completions of one prompt, where the model can keep them apart; elsewhere
+    rows of like length go through the model together.
     """
-    prompts = prompts or rollout.prompts
-    pieces = [list(range(len(rollout)))]
+    prompts, lengths = prompts or rollout.prompts, rollout.lengths.tolist()
+    calls: list[tuple[list[int], list[Line] | None]] = [(list(range(len(rollout))), None)]
     if side != "packed" and wrapped is None and not in_shards(model):  # DDP and FSDP count the calls
-        widths = [len(prompt) + length for prompt, length in zip(prompts, rollout.lengths.tolist(), strict=True)]
-        cost = call_cost(model)
         # without gradient nothing is kept, and on a CPU a piece that stays in its caches is read faster
         small = not torch.is_grad_enabled() and rollout.completions.device.type == "cpu"
-        pieces = like_widths(widths, cost, most=round(256 + 4 * cost) if small else None)
+        calls = cheapest(model, prompts, lengths, small=small, lines=side == "right" and reads_lines(model))
     scored, counts, states = rollout.scored, rollout.scored.sum(1).tolist(), []
-    for piece in pieces:
-        part = rollout if len(pieces) == 1 else rollout.rows(piece)
-        layout = lay_out(
-            [prompts[i] for i in piece], part.completions, part.scored, part.lengths, side=side, pad_id=pad_id
-        )
+    for piece, lines in calls:
+        part = rollout if len(calls) == 1 else rollout.rows(piece)
+        read_before = prompts if len(calls) == 1 else [prompts[i] for i in piece]
+        if lines is None:
+            layout = lay_out(read_before, part.completions, part.scored, part.lengths, side=side, pad_id=pad_id)
+        else:
+            own = [lengths[i] for i in piece]
+            layout = lay_out_lines(read_before, part.completions, part.scored, own, lines, pad_id=pad_id)
         states.append(hidden_states(model, layout, wrapped=wrapped))
     hidden = states[0]
-    if len(pieces) > 1:
-        order = [i for piece in pieces for i in piece]
+    if len(calls) > 1:
+        order = [i for piece, _ in calls for i in piece]
         by_row = dict(zip(order, torch.cat(states).split([counts[i] for i in order]), strict=True))
         hidden = torch.cat([by_row[i] for i in range(len(order))])
     tokens, head = rollout.completions[scored], head_of(model)
     if head.weight is None:
         return LogitPredictions(scored, tokens, head.logits(hidden))
     return HiddenPredictions(scored, tokens, hidden, head)
+
+
+def cheapest(
+    model: Any, prompts: list[list[int]], lengths: list[int], *, small: bool, lines: bool
+) -> list[tuple[list[int], list[Line] | None]]:
+    """Which rows are read in one call, and in which lines; None gives each row a line of its own.
+
+    Args:
+        small: calls of several rows stay below some hundreds of tokens.
+        lines: whether the model can read them.
+    """
+    widths = [len(prompt) + length - 1 for prompt, length in zip(prompts, lengths, strict=True)]
+    cost, hidden = call_cost(model), model.config.get_text_config().hidden_size
+    apart = like_widths(widths, cost, most=round(256 + 4 * cost) if small else None)
+    if not lines:
+        return [(piece, None) for piece in apart]
+    together = sum(cost_of(len(piece), max(widths[i] for i in piece), hidden) for piece in apart)
+    joint, found = best_lines(prompts, lengths, hidden)
+    if together + cost * (len(apart) - 1) <= joint:
+        return [(piece, None) for piece in apart]
+    return [(list(range(len(prompts))), found)]
 
 
 def like_widths(widths: list[int], cost: float, most: int | None = None) -> list[list[int]]:

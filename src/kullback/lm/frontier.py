@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kullback.lm.assemble import assemble
-from kullback.lm.evaluate import Evaluation, _chunks, _measure, _verify
+from kullback.lm.evaluate import Evaluation, measure, verify
 from kullback.lm.moment import Moment
 from kullback.lm.recipe import Recipe, make_plan, read_recipe
 from kullback.run.progress import ProgressBar
@@ -49,7 +49,7 @@ class Ground:
                 "reference, so start the run from a path or a name"
             )
         plan = make_plan(recipe)
-        kept = plan.train.model_dump(include={"dtype", "device", "rows_at_once", "seed"})
+        kept = plan.train.model_dump(include={"dtype", "device", "rows_at_once", "compile_decode", "seed"})
         self._values: dict[str, Any] = {
             "method": "sft",  # nothing is trained; this one needs no teacher
             "task": self.task,
@@ -93,16 +93,16 @@ class Ground:
         rewards = torch.full((len(problems), samples), math.nan, dtype=torch.float64)
         kl = torch.zeros_like(rewards)
         with ProgressBar(len(problems) * samples, label) as progress:
-            for chunk in _chunks(self.evaluation, at, "student", range(len(problems)), samples):
+            for chunk in self.evaluation.chunks(at, "student", range(len(problems)), samples):
                 texts = self.evaluation.write(at, "student", [problems[i] for i in chunk], samples)
-                graded = _verify(at, texts)
+                graded = verify(at, texts)
                 if self.reward not in (known := set().union(*graded) - {"error"}):
                     raise ValueError(f"reward={self.reward!r}: the verifier gives {', '.join(sorted(known))}")
                 rewards[chunk] = (
                     torch.tensor([row.get(self.reward, math.nan) for row in graded]).double().view(-1, samples)
                 )
                 if reference is not None:
-                    sums = _measure(self.evaluation, at, "student", reference, texts)["reverse_kl"]
+                    sums = measure(self.evaluation, at, "student", reference, texts)["reverse_kl"]
                     kl[chunk] = sums.view(-1, samples)
                 progress.advance(len(chunk) * samples)
         return Drawn(rewards, None if reference is None else kl)

@@ -21,7 +21,7 @@ from kullback.lm.engine import Engine
 from kullback.lm.plan import Plan, check
 from kullback.lm.predictions import FullPredictions, Predictions, TopKPredictions
 from kullback.lm.rollout import Origin
-from kullback.run.terms import MEANS, Term, multipliers
+from kullback.run.terms import Term, multipliers
 
 TOP = 3
 
@@ -65,10 +65,8 @@ def inspect(plan: Plan, rows: int = 2) -> RenderableType:
 def _denominators(engine: Engine, step: Batch, terms: list[Term], total: float) -> Text:
     lines = [f"the step: {len(step.rollout)} rows, {int(step['scored'].sum())} scored tokens, loss {total:.6g}"]
     for term in terms:
-        how = MEANS[term.mean or step.aggregate].format(over=term.over, weight=term.weight)
-        weight = f", times {term.weight}" if term.weight and term.mean != "weight" else ""
         count = float(engine.denominator(term))
-        lines.append(f"{term.name}: coefficient {term.coefficient:g}, denominator {count:g} ({how}{weight})")
+        lines.append(f"{term.name}: coefficient {term.coefficient:g}, denominator {count:g} ({term.averaged})")
     return Text("\n".join(lines))
 
 

@@ -236,11 +236,6 @@ def hidden_states(model: Any, layout: Layout, *, wrapped: Any = None) -> Float[T
     return kept[0][layout.at] + out.logits.sum().to(kept[0].dtype)
 
 
-def in_shards(model: Any) -> bool:
-    """Whether FSDP2 has the model's weights, so that every process must call it equally often."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
-
-
 @torch.no_grad()
 def check_head(model: Any, *, role: str) -> None:
     """Compare hidden states + head with the model's own logits on a few tokens.

@@ -33,6 +33,7 @@ class Moment:
         caches: teachers' predictions on disk, by directory.
         rank, world: this process, and how many there are.
         rows_at_once: how many rows are written or scored together where no gradient is kept.
+        compile_decode: whether the steps that write are compiled.
         forwards: what frozen players said of the step's rows.
     """
 
@@ -50,6 +51,7 @@ class Moment:
     rank: int = 0
     world: int = 1
     rows_at_once: int = 1024
+    compile_decode: bool = False
     forwards: Forwards = field(default_factory=Forwards)
 
     def model(self, name: str) -> Any:

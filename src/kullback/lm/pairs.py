@@ -82,7 +82,7 @@ class JudgedSource(Around):
 
     @property
     def says(self) -> str:  # type: ignore[override]
-        return f"pairs of {self.source.says}: the best and the worst by {self.by}"
+        return f"pairs, the best and the worst by {self.by}, of {self.source.says}"
 
     def draw(self, at: Moment) -> Rollout:
         return self._pick(self.source.draw(at))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kullback.lm.shards import in_shards, whole
+
 INITIAL = "initial"  # a player of this name for a model is the student as it starts
 
 
@@ -16,6 +18,11 @@ class Lazy:
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load, self._model = load, None
+
+    @property
+    def loaded(self) -> Any | None:
+        """The model if it has been needed already."""
+        return self._model
 
     def get(self) -> Any:
         if self._model is None:
@@ -63,8 +70,15 @@ def copy_weights(source: Any, to: Any, rate: float) -> Iterable[Tensor]:
     """Move the parameters of `to`, in place; returns them.
 
     Raises:
-        ValueError: the two have different parameters.
+        ValueError: the two have different parameters, or `to` is in shards.
     """
+    if in_shards(to):
+        raise ValueError("weights cannot be copied into a model in shards: launch without FSDP (DDP)")
+    with whole(source):
+        return _copy_weights(source, to, rate)
+
+
+def _copy_weights(source: Any, to: Any, rate: float) -> Iterable[Tensor]:
     theirs, ours = dict(source.named_parameters()), dict(to.named_parameters())
     if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
         raise ValueError("weights can only be copied between two models of one architecture, both without adapters")

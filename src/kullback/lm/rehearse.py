@@ -12,7 +12,7 @@ from kullback.lm.method import Method
 from kullback.lm.predictions import LogitPredictions
 from kullback.lm.rollout import Origin, Rollout, build_rollout
 from kullback.run.controllers import Controller, Ramp
-from kullback.run.terms import MEANS, Mean, Term, denominator, numerator
+from kullback.run.terms import Mean, Term, denominator, numerator
 
 ROWS, TOKENS, VOCAB = 4, 8, 11
 
@@ -95,10 +95,8 @@ def objective(method: Method, terms: list[Term], controllers: tuple[Controller, 
     )
     lines = [f"minimise   {symbols}"]
     for term in terms:
-        assert term.mean is not None
-        average = MEANS[term.mean].format(over=term.over, weight=term.weight)
         says = term.says or "a term of the method's own"
-        lines.append(f"{term.name}: {says}; {average} of the step")
+        lines.append(f"{term.name}: {says}; {term.averaged}")
     lines.append(f"on         {method.source().says}")
     for name, target in method.targets().items():
         says = target.says if target.says.startswith(name) else f"{name}: {target.says}"

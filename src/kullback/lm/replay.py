@@ -5,7 +5,7 @@ that are mastered, with their log-probabilities. `beside` draws them next to rol
 `held` is a divergence to the initial student on them. The stored numbers are the target, so no reference model is read.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from kullback.divergence import FDivergence, divergence
 from kullback.lm.advantages import MAX_LOG_RATIO
 from kullback.lm.batch import Batch
+from kullback.lm.beforehand import ask
 from kullback.lm.moment import Moment
 from kullback.lm.rollout import Origin, Rollout, build_rollout, concatenate
 from kullback.lm.sampling import Around
-from kullback.lm.sources import Placed, PlayerSource, Source
+from kullback.lm.sources import Placed, Source
 from kullback.run.processes import from_all, is_main
 from kullback.run.progress import ProgressBar
 from kullback.run.seeds import generator
@@ -42,30 +43,28 @@ def collect(at: Moment, *, attempts: int, threshold: int, answers: int, judge: s
     """
     each = max(at.rows_at_once // (attempts + answers), 1)
     places = range(at.rank, len(at.task.train), at.world)
-    writer = PlayerSource("student", Origin.STUDENT, once=True)
-    asked = replace(at, method=replace(at.method, samples=attempts + answers), store={})
+    chunks = (
+        [(place, at.task.train[place]) for place in places[start : start + each]]
+        for start in range(0, len(places), each)
+    )
+    asked = ask(
+        "student", chunks, at, samples=attempts + answers, grades=[judge], field=f"source.judge={judge!r}", once=True
+    )
     right: list[tuple[str, Tensor]] = []
     kept: list[tuple[int, str, list[list[Any]]]] = []
     open_places: list[int] = []
     console = None if is_main() else Console(quiet=True)
     with ProgressBar(len(places), "collect", console=console) as progress:
-        for start in range(0, len(places), each):
-            chunk = [(place, at.task.train[place]) for place in places[start : start + each]]
-            asked.store.clear()
-            rollout = writer.write(chunk, asked)
-            if judge not in rollout.rewards:
-                raise ValueError(
-                    f"source.judge={judge!r}: the verifier gives {', '.join(rollout.rewards)}; choose one of them"
-                )
-            grades = rollout.rewards[judge].view(len(chunk), attempts + answers)
+        for chunk, rollout, grades in asked:
             for index, (place, problem) in enumerate(chunk):
-                first = (grades[index, :attempts] == 1).double()
+                good = grades[index, :, 0] == 1
+                first = good[:attempts].double()
                 right.append((problem.id, first))
                 if first.sum() < threshold:
                     open_places.append(place)
                     continue
-                good = (grades[index, attempts:] == 1).nonzero()[:, 0] + attempts + index * (attempts + answers)
-                kept.append((place, problem.id, [_row(rollout, row) for row in good.tolist()]))
+                further = good[attempts:].nonzero()[:, 0] + attempts + index * (attempts + answers)
+                kept.append((place, problem.id, [_row(rollout, row) for row in further.tolist()]))
             progress.advance(len(chunk), mastered=len(kept))
         at.ledger.add(RATE, [i for i, first in right for _ in first], torch.cat([first for _, first in right]))
         everything = sorted(item for part in from_all(kept) for item in part)
@@ -75,7 +74,7 @@ def collect(at: Moment, *, attempts: int, threshold: int, answers: int, judge: s
         rows = sum(len(item["rows"]) for item in at.store[KEPT].values())
         progress.print(
             f"{len(everything)} of {len(at.task.train)} problems are mastered ({threshold} of {attempts} answers "
-            f"right), {rows} answers to them are kept, {len(opened)} problems are left to learn"
+            f"right), {rows} right answers to them are kept, {len(opened)} problems are left to learn"
         )
         if not rows:
             progress.print("nothing is replayed: without kept answers the divergence has nothing to hold")
@@ -117,7 +116,8 @@ class BesideSource(Around):
 
     @property
     def says(self) -> str:  # type: ignore[override]
-        return f"{self.source.says}; and {self.count} of its answers from before training to problems it had mastered"
+        own = f"{self.count} answers a step that it gave before training to problems it had mastered"
+        return f"{self.source.says}; and {own}"
 
     def draw(self, at: Moment) -> Rollout:
         rows = self._rows(at)

@@ -14,7 +14,7 @@ from kullback.lm.evaluate import Evaluation, grade, probe, token_samples
 from kullback.lm.moment import Moment
 from kullback.lm.parts import ATTRIBUTE
 from kullback.lm.plan import Plan, check
-from kullback.lm.players import Lazy
+from kullback.lm.shards import check_launch, whole, whole_state
 from kullback.lm.trainer import Keeper, Trainer, stop_between_steps
 from kullback.run.directory import RunDirectory
 from kullback.run.processes import from_all, from_main, is_main, wait_for_all
@@ -44,6 +44,7 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
     console.quiet = console.quiet or not is_main()
     transformers.utils.logging.disable_progress_bar()
     words = check(plan)
+    check_launch(plan.method, plan.players, plan.train)
     directory = RunDirectory(plan.output)
     if is_main():
         directory = RunDirectory.create(plan.output, resume=resume, overwrite=overwrite)
@@ -63,19 +64,9 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
         directory.write_environment({"seed": plan.train.seed, "processes": at.world})
     console.print(words, markup=False)
     rows = -(-plan.train.prompts_per_step * plan.method.samples // plan.train.micro_batches)
-    teacher = at.players.get("teacher")
-    console.print(
-        memory.say(
-            memory.forecast(
-                student,
-                None if isinstance(teacher, Lazy) else teacher,
-                rows=rows,
-                length=plan.method.max_completion + 64,
-                checkpointing=plan.train.gradient_checkpointing,
-            )
-        ),
-        markup=False,
-    )
+    length = plan.method.max_completion + 64
+    found = memory.forecast(at.players, rows=rows, length=length, checkpointing=plan.train.gradient_checkpointing)
+    console.print(memory.say(found), markup=False)
     evaluation = Evaluation(plan.evaluate, at, plan.method.max_completion)
     graded: dict[str, Any] = (directory.evaluation() or {}) if is_main() else {}
     if plan.evaluate.problems and plan.evaluate.anchors and "untrained" not in graded and is_main():
@@ -85,10 +76,11 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
     if is_main() and plan.evaluate.problems and plan.method.readers() and not directory.samples():
         directory.append_samples(token_samples(evaluation, at, step=0))  # routes may fade: as they are at the start
     finished = _train(plan, at, directory, checkpoint, evaluation, arguments)
+    if at.parts:
+        delattr(student, ATTRIBUTE)  # the model is a plain one again; the parts are in the checkpoints
+    state = whole_state(student)
     if is_main():
-        if at.parts:
-            delattr(student, ATTRIBUTE)  # the model is a plain one again; the parts are in the checkpoints
-        student.save_pretrained(directory.model)
+        student.save_pretrained(directory.model, state_dict=state)
         at.tokenizer.save_pretrained(directory.model)
     failed = from_all((at.task.errors, at.task.last_error))
     if count := sum(errors for errors, _ in failed):
@@ -99,9 +91,10 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None, ove
         )
     if not finished:
         raise KeyboardInterrupt(f"stopped; a checkpoint is in {directory.checkpoints}; resume goes on from it")
-    if is_main():
-        _finish(plan, at, directory, evaluation, graded)
-    wait_for_all()
+    with whole(student):
+        if is_main():
+            _finish(plan, at, directory, evaluation, graded)
+        wait_for_all()
     return Run(Path(directory.path), student, at.tokenizer, directory.metrics(), directory.evaluation())
 
 

@@ -48,7 +48,8 @@ class InformativeSource(Around):
 
     @property
     def says(self) -> str:  # type: ignore[override]
-        return f"{self.source.says}; groups of equal reward are drawn again, up to {self.turns} times"
+        often = "once" if self.turns == 1 else f"{self.turns} times"
+        return f"{self.source.says}; groups of equal reward are drawn again, at most {often}"
 
     def draw(self, at: Moment) -> Rollout:
         kept, count = [], at.prompts_per_step

@@ -1,5 +1,6 @@
 """What changes over time in language-model runs: controllers that read metrics."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -39,3 +40,30 @@ class EntropyGate:
         if not stopped:
             rung = min(rung + 1, len(self.lengths) - 1)
         return {"rung": rung, "stopped": stopped}, {"source.max_completion": float(self.lengths[rung])}
+
+
+@final
+@dataclass(frozen=True)
+class NearerToTarget:
+    """Lets a proposal be renewed when, since the last time, the student's KL(p || student) was below its own."""
+
+    every: int
+
+    when: Literal["step", "probe"] = "step"
+    reads: tuple[str, ...] = ("rollout/target_forward_kl", "rollout/proposal_forward_kl")
+    writes: tuple[str, ...] = ("source.adopt",)
+
+    def __str__(self) -> str:
+        return f"nearer to the target, over {self.every} steps"
+
+    def start(self) -> tuple[dict[str, Any], dict[str, float]]:
+        return {"ahead": 0.0}, {"source.adopt": 0.0}
+
+    def update(
+        self, state: dict[str, Any], step: int, seen: Mapping[str, float]
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        if any(name not in seen for name in self.reads):
+            return state, {"source.adopt": 0.0}
+        gain = seen[self.reads[1]] - seen[self.reads[0]]
+        ahead = (0.0 if step % self.every == 0 else state["ahead"]) + (gain if math.isfinite(gain) else 0.0)
+        return {"ahead": ahead}, {"source.adopt": float(ahead > 0)}

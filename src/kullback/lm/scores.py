@@ -64,7 +64,10 @@ class Scores:
         was_training = student.training
         student.eval()
         try:
-            self._fill(found, [score for score in scores if score not in fixed], rollout, range(len(rollout)), targets)
+            moving = [score for score in scores if score not in fixed]
+            if moving:
+                keys = self._keys(moving, rollout, targets)
+                self._fill(found, moving, rollout, range(len(rollout)), targets, keys)
             self._fill_fixed(found, fixed, rollout, targets, weights)
         finally:
             student.train(was_training)
@@ -90,7 +93,7 @@ class Scores:
                     found[score][i, : lengths[i]] = table[key]
             else:
                 missing.append(i)
-        self._fill(found, scores, rollout, missing, targets)
+        self._fill(found, scores, rollout, missing, targets, keys)
         comes_again = (rollout.origin != Origin.STUDENT).all(1).tolist()
         for i in missing:
             if comes_again[i]:
@@ -104,11 +107,12 @@ class Scores:
         rollout: Rollout,
         rows: Sequence[int],
         targets: Mapping[str, Target],
+        keys: Sequence[str],
     ) -> None:
-        """Measure these rows, equal ones once, those of like length together."""
-        if not scores or not rows:
+        """Measure these rows, those of equal `keys` once, those of like length together."""
+        if not rows:
             return
-        keys, lengths = self._keys(scores, rollout, targets), rollout.lengths.tolist()
+        lengths = rollout.lengths.tolist()
         first: dict[str, int] = {}
         for i in rows:
             first.setdefault(keys[i], i)

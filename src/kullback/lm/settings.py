@@ -41,6 +41,7 @@ class TrainSettings(Settings):
     seed: int = Field(default=0, ge=0)
     device: str | None = None  # None: a GPU where there is one
     rows_at_once: PositiveInt = 1024  # rows that are written or scored together
+    compile_decode: bool = False  # the steps that write: pays in long runs whose steps write few rows
     save_every: int = Field(default=0, ge=0)  # steps between checkpoints; 0: only when stopped
     keep_checkpoints: PositiveInt = 2
     trackers: list[str] = []  # "wandb", "trackio", "tensorboard", ...

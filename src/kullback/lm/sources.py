@@ -167,6 +167,7 @@ class PlayerSource(Source):
             samples=samples,
             temperature=at.method.sampling_temperature,
             rows_at_once=at.rows_at_once,
+            compile_decode=at.compile_decode,
         )
         texts = at.tokenizer.batch_decode(written.completions, skip_special_tokens=True)
         answers: list[list[tuple[Any, ...]]] = [[] for _ in problems]

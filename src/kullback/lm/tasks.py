@@ -51,8 +51,6 @@ def load_task(spec: Any, *, seed: int) -> Task:
         verifier_timeout: seconds that a verifier which is somebody's code may take for one completion, 30 by default; a
             call that takes longer is an error of that sample alone. 0 sets no limit. For "math" 5 by default. See
             `verifiers.in_time`.
-        verifier_timeout: seconds that a verifier which is somebody's code may take for one completion, 30 by default; a
-            call that takes longer is an error of that sample alone. 0 sets no limit. See `verifiers.in_time`.
         extract: where the answer stands in a completion, see `verifiers.extract_answer`.
         reply: "answer", the name of a writer in `kullback.lm.worked`, or file.py:function of (question, answer,
             metadata, rng).

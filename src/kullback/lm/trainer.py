@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kullback.lm.engine import Engine
+from kullback.lm.shards import whole
 from kullback.run.directory import RunDirectory
 from kullback.run.processes import from_main, is_main, sum_over_ranks
 from kullback.run.progress import ProgressBar
@@ -46,7 +47,7 @@ class Trainer(transformers.Trainer):
         if not self.told:
             self.told = True
             scored = int(sum_over_ranks(self.engine.step_batch["scored"].sum())) if self.engine.step_batch else 0
-            self.say(f"step {self.state.global_step + 1} is a mean over {scored:,} scored tokens")
+            self.say(f"step {self.state.global_step + 1} has {scored:,} scored tokens")
         return [{"batch": batch, "input_ids": batch.rollout.completions} for batch in batches], torch.ones(
             (), device=device
         )
@@ -75,6 +76,10 @@ class Trainer(transformers.Trainer):
                 group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
             optimizer.add_param_group({"params": own, "lr": part.learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the base class goes through all parameters for it at every step."""
+        return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         row = {
@@ -115,7 +120,8 @@ class Keeper(transformers.TrainerCallback):
             optimizer.state.pop(parameter, None)  # moments of weights that are gone
         metrics = engine.metrics()
         if self.probe is not None and state.global_step % self.probe_every == 0:
-            measured = from_main(self.probe() if is_main() else {})
+            with whole(engine.at.model("student")):
+                measured = from_main(self.probe() if is_main() else {})
             found = {f"probe/{name}": value for name, value in measured.items()}
             engine.seen |= found
             engine.control("probe", state.global_step)

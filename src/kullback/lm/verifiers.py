@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import queue
 import re
 import select
@@ -147,29 +148,28 @@ def checked(grades: dict[str, float]) -> dict[str, float]:
 def in_time(verify: Verifier, seconds: float) -> Verifier:
     """The same verifier, given up after so many seconds: a call that hangs costs its own sample and no other.
 
-    Each call runs in a daemon thread of its own. Python cannot end a thread, so one that is given up goes on until its
-    call returns or the process ends: it keeps its memory, and a core if it computes, but it never holds up the end of
-    the process. C code that never gives the interpreter back stops all threads, this limit too. A signal (SIGALRM)
-    cannot be used in a thread: a verifier that sets one, as math-verify's own time limits do, needs
+    Calls run in a daemon thread, a new one after one was given up. Python cannot end a thread, so that one goes on
+    until its call returns or the process ends: it keeps its memory, and a core if it computes, but it never holds up
+    the end of the process. C code that never gives the interpreter back stops all threads, this limit too. A signal
+    (SIGALRM) cannot be used in a thread: a verifier that sets one, as math-verify's own time limits do, needs
     `task.verifier_timeout=0`, or `verifier: math`, which runs math-verify in a process.
 
     Raises:
         TimeoutError: when it is called and gives no answer in time.
     """
 
+    of_caller = threading.local()  # callers in several threads do not wait for each other
+
     def verify_in_time(problem: "Problem", completion: str) -> dict[str, float]:
+        worker: _Worker | None = getattr(of_caller, "worker", None)
+        if worker is None or worker.process != os.getpid():  # a fork takes no threads along
+            worker = of_caller.worker = _Worker(verify)
         answers: queue.SimpleQueue[dict[str, float] | BaseException] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                answers.put(verify(problem, completion))
-            except BaseException as error:  # whatever it is, the caller gets it
-                answers.put(error)
-
-        threading.Thread(target=work, name="verifier", daemon=True).start()
+        worker.calls.put((answers, problem, completion))
         try:
             answer = answers.get(timeout=seconds)
         except queue.Empty:
+            of_caller.worker = None
             raise TimeoutError(f"the verifier gave no answer within {seconds:g} s") from None
         if isinstance(answer, Exception):
             raise answer
@@ -178,6 +178,27 @@ def in_time(verify: Verifier, seconds: float) -> Verifier:
         return answer
 
     return verify_in_time
+
+
+class _Worker:
+    """A daemon thread that verifies one completion after another; it ends when it is no longer held."""
+
+    def __init__(self, verify: Verifier) -> None:
+        self.process = os.getpid()
+        self.calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(verify, self.calls), name="verifier", daemon=True).start()
+
+    def __del__(self) -> None:
+        self.calls.put(None)
+
+
+def _work(verify: Verifier, calls: "queue.SimpleQueue[tuple[Any, ...] | None]") -> None:
+    while (call := calls.get()) is not None:
+        answers, *given = call
+        try:
+            answers.put(verify(*given))
+        except BaseException as error:  # whatever it is, the caller gets it
+            answers.put(error)
 
 
 def _number(value: Any, name: str) -> float:

@@ -11,9 +11,16 @@ def suffix_sum(values: Float[Tensor, "row completion"]) -> Float[Tensor, "row co
 
 
 def leave_one_out(values: Float[Tensor, "row *rest"], group: Int[Tensor, "row"]) -> Float[Tensor, "row *rest"]:
-    """The mean of the other rows of a row's group; 0 where it is alone. Independent of the row, so a fair baseline."""
+    """The mean of the other rows of a row's group. Independent of the row, so a fair baseline.
+
+    nan is in no mean; 0 where no other row has a value.
+    """
     _, index = torch.unique(group, return_inverse=True)
-    shape = (int(index.max()) + 1, *values.shape[1:])
-    total = torch.zeros(shape, dtype=values.dtype, device=values.device).index_add_(0, index, values)[index]
-    others = torch.bincount(index)[index].to(values.dtype).view(-1, *[1] * (values.dim() - 1)) - 1
-    return torch.where(others > 0, (total - values) / others.clamp(min=1), 0.0)
+    known = ~values.isnan()
+
+    def others(each: Tensor) -> Tensor:
+        shape = (int(index.max()) + 1, *each.shape[1:])
+        return torch.zeros(shape, dtype=each.dtype, device=each.device).index_add_(0, index, each)[index] - each
+
+    count = others(known.to(values.dtype))
+    return torch.where(count > 0, others(torch.where(known, values, 0.0)) / count.clamp(min=1), 0.0)

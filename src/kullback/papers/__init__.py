@@ -1,7 +1,7 @@
 """The papers kullback implements: what each claims, in one line, and whether it runs.
 
-A paper that runs has a module `pNN_name.py` here with NUMBER, TITLE, CLAIM and `reproduce`; `kullback papers` lists
-all of them.
+A paper that runs has a module `pNN_name.py` here with `reproduce`, see `kullback.papers.reproduction`; the command
+`kullback papers` lists all.
 """
 
 import pkgutil
@@ -19,6 +19,7 @@ class Paper:
         name: what people call it.
         wing: where in the library it belongs.
         claim: what it says happens, in one line; `reproduce` tests it.
+        venue: where it was published, as far as known.
     """
 
     number: int
@@ -27,6 +28,24 @@ class Paper:
     arxiv: str
     wing: str
     claim: str
+    venue: str = ""
+
+    @property
+    def source(self) -> str:
+        """How a page cites it, Markdown."""
+        link = f"[arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv})"
+        return ", ".join([f"*{self.title}*", link, *([self.venue] if self.venue else [])])
+
+    @property
+    def slug(self) -> str:
+        """Of its page, from its module: "f-dpo".
+
+        Raises:
+            ValueError: it has no module yet.
+        """
+        if self.module is None:
+            raise ValueError(f"paper={self.number:02d}: {self.name} is planned and has no page yet")
+        return self.module.rpartition(".")[2][4:].replace("_", "-")
 
     @property
     def module(self) -> str | None:
@@ -80,6 +99,7 @@ PAPERS: tuple[Paper, ...] = (
         "2309.16240",
         "preferences",
         "DPO keeps its closed form for other penalties, and their choice moves the trade of reward for diversity.",
+        "ICLR 2024",
     ),
     Paper(
         2,
@@ -88,6 +108,7 @@ PAPERS: tuple[Paper, ...] = (
         "2302.08215",
         "targets",
         "Target distribution and divergence are separate choices; Jensen-Shannon is a better default than either KL.",
+        "ICML 2023",
     ),
     Paper(
         3,
@@ -105,6 +126,7 @@ PAPERS: tuple[Paper, ...] = (
         "2509.07430",
         "RL",
         "A mass-covering divergence on problems already mastered keeps pass@k that plain RL loses.",
+        "ICLR 2026",
     ),
     Paper(
         5,
@@ -261,6 +283,7 @@ PAPERS: tuple[Paper, ...] = (
         "2205.11275",
         "targets",
         "KL-penalised RL is variational inference to a posterior; without the penalty the policy collapses.",
+        "Findings of EMNLP 2022",
     ),
     Paper(
         24,
@@ -269,6 +292,7 @@ PAPERS: tuple[Paper, ...] = (
         "2404.01730",
         "theory",
         "Best-of-N and the KL-constrained optimum agree, per symbol, in reward and in KL as sequences grow.",
+        "ISIT 2024, pp. 2027-2032",
     ),
     Paper(
         25,
@@ -390,6 +414,7 @@ PAPERS: tuple[Paper, ...] = (
         "2407.13399",
         "preferences",
         "Adding chi-squared to DPO's KL, one line in the link, stops the over-optimisation that a KL allows.",
+        "ICLR 2025",
     ),
     Paper(
         40,

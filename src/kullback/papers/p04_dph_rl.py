@@ -5,38 +5,20 @@ entropies are exact. (b) Sums of two to four numbers: the shipped student, brief
 is trained by verifiable rewards through `kb.train`, with and without replay, under five divergences.
 """
 
-import dataclasses
 import math
 import statistics
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from kullback.divergence import divergence
-from kullback.papers import running_sums
-from kullback.papers.page import Direction, Result, Spread, Table, new_figure, write_page
+from kullback.papers import arms
+from kullback.papers.page import Direction, Findings, Spread, Table, new_figure
+from kullback.papers.replayed_policy import DPH, STYLES, TOY, run_toy
+from kullback.papers.reproduction import Job, reproduces
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kullback.lm.method import Method
 
-NUMBER = 4
-TITLE = "DPH-RL: a divergence as rehearsal"
-CLAIM = "A mass-covering divergence on problems already mastered keeps pass@k that plain RL loses."
-SOURCE = (
-    "*The Choice of Divergence: A Neglected Key to Mitigating Diversity Collapse in Reinforcement Learning with "
-    "Verifiable Reward*, [arXiv 2509.07430](https://arxiv.org/abs/2509.07430), ICLR 2026"
-)
-
-CLASSES, STYLES = 6, torch.tensor([0.4, 0.3, 0.2, 0.1])
-PROMPTS, WIDTH = 128, 64
 SUMS = {
     "name": "reasoning_gym/chain_sum",
     "min_terms": 2,
@@ -73,25 +55,13 @@ QUICK = {
 }
 
 
-def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path | None = None) -> Result:
-    """Run both experiments and write the page.
-
-    Args:
-        quick: the same code in seconds, with too few steps to mean anything.
-        docs: folder of the page; by default docs/papers, and runs/papers for a quick run.
-    """
-    started, size = time.monotonic(), QUICK if quick else FULL
-    processes = 1 if quick else min(2, running_sums.cores())
-    with tempfile.TemporaryDirectory(prefix="kullback-") as folder:
-        found = _run_all(Path(folder), size, processes, quick, console)
+@reproduces(4, full=FULL, quick=QUICK, parallel=True)
+def reproduce(job: Job) -> Findings:
+    """Both experiments."""
+    found = _run_all(job)
     toy, trained, base = found["toy"], found["arms"], found["base"]
-    return write_page(
-        number=NUMBER,
-        slug="dph-rl",
-        title=TITLE,
-        claim=CLAIM,
-        source=SOURCE,
-        setup=SETUP.format(**size, eta=ETA),
+    return Findings(
+        setup=SETUP.format(**job.size, eta=ETA),
         directions=[*_toy_directions(toy), *_trained_directions(trained, base)],
         tables=[_toy_table(toy), *_trained_tables(trained, base)],
         figure=_figure(toy, trained, base),
@@ -100,193 +70,14 @@ def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path 
         "initial one, on held-out sums that it had mastered and on the others.",
         reading=READING,
         differs=DIFFERS,
-        seconds=time.monotonic() - started,
-        quick=quick,
-        processes=processes,
-        docs=docs,
-        console=console,
         numbers=found,
     )
-
-
-# (a) A tabular policy
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """How one arm of (a) trains.
-
-    Args:
-        held: the divergence on replayed answers, None for no replay.
-        eta: its coefficient.
-        centred: False is plain rehearsal.
-        everything: rollouts on all prompts, not on the open ones alone.
-        penalty: coefficient of a KL to the initial policy on the rollouts' prompts.
-        exact: that KL is reverse KL over all answers; otherwise k3 of the samples as a loss.
-    """
-
-    held: str | None = None
-    eta: float = 1.0
-    centred: bool = True
-    everything: bool = False
-    penalty: float = 0.0
-    exact: bool = True
-
-
-TOY: dict[str, Arm] = {
-    "GRPO, all prompts": Arm(everything=True),
-    "eta = 0": Arm(),
-    "forward KL": Arm("forward_kl"),
-    "2 JSD": Arm("2*jsd(0.5)"),
-    "alpha 0.2": Arm("alpha(0.2)"),
-    "4 H^2": Arm("4*squared_hellinger"),
-    "reverse KL": Arm("reverse_kl"),
-    "NLL": Arm("forward_kl", centred=False),
-    "penalty, reverse KL": Arm(everything=True, penalty=0.05),
-    "penalty, k3 as released": Arm(everything=True, penalty=0.05, exact=False),
-    "forward KL, eta 0.1": Arm("forward_kl", eta=0.1),
-    "forward KL, eta 0.0125": Arm("forward_kl", eta=0.0125),
-    "forward KL, eta 0.00125": Arm("forward_kl", eta=0.00125),
-}
-DPH = ("forward KL", "2 JSD", "alpha 0.2", "4 H^2", "reverse KL")
-
-
-@dataclasses.dataclass
-class World:
-    """What the seeds' arms share. The first axis of every tensor is the seed."""
-
-    features: Float[Tensor, "seed prompt 16"]
-    weights: list[Tensor]  # of the initial policy
-    right: Tensor  # class of each prompt
-    wanted: Tensor  # the one style that the strict task accepts
-    mastered: Tensor
-    kept: Tensor  # replayed answers, -1 where the extra answer was wrong
-
-
-def policy(weights: Sequence[Tensor], features: Float[Tensor, "seed row 16"]) -> Float[Tensor, "seed row 24"]:
-    """Log-probabilities of the 24 answers, for every seed's network at once."""
-    w1, b1, w2, b2 = weights
-    return (torch.tanh(features @ w1 + b1) @ w2 + b2).log_softmax(-1)
-
-
-def make_world(seeds: int, fit: int, *, first: int = 0) -> World:
-    """Prompts, an initial policy fitted to a confidence for each, its mastered prompts and its kept answers."""
-    parts = []
-    for seed in range(first, first + seeds):
-        draw = torch.Generator().manual_seed(seed)
-        features = torch.randn(PROMPTS, 16, generator=draw)
-        right = torch.randint(CLASSES, (PROMPTS,), generator=draw)
-        sure = torch.rand(PROMPTS, generator=draw) < 0.4
-        confidence = torch.where(sure, 0.97, 0.24 + 0.36 * torch.rand(PROMPTS, generator=draw))
-        chance = torch.full((PROMPTS, CLASSES), 1.0) * ((1 - confidence) / CLASSES)[:, None]
-        chance[torch.arange(PROMPTS), right] += confidence
-        wanted = torch.multinomial(STYLES.expand(PROMPTS, -1), 1, generator=draw)[:, 0]
-        weights = [
-            torch.randn(16, WIDTH, generator=draw) / 4,
-            torch.zeros(1, WIDTH),
-            torch.randn(WIDTH, CLASSES * len(STYLES), generator=draw) / 8,
-            torch.zeros(1, CLASSES * len(STYLES)),
-        ]
-        goal = (chance[:, :, None] * STYLES).flatten(1)
-        parts.append((features, right, wanted, goal, *weights))
-    features, right, wanted, goal, *weights = (torch.stack(part) for part in zip(*parts, strict=True))
-    weights = [part.requires_grad_() for part in weights]
-    optimiser = torch.optim.Adam(weights, lr=3e-3)
-    for _ in range(fit):
-        loss = -(goal * policy(weights, features)).sum(-1).mean(-1).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    weights = [part.detach() for part in weights]
-    draw = torch.Generator().manual_seed(1000 + first)
-    answers = torch.multinomial(policy(weights, features).exp().flatten(0, 1), 12, replacement=True, generator=draw)
-    good = (answers // len(STYLES) == right.flatten()[:, None]).view(seeds, PROMPTS, 12)
-    mastered = good[..., :8].all(-1)
-    kept = torch.where(good[..., 8:] & mastered[..., None], answers.view(seeds, PROMPTS, 12)[..., 8:], -1)
-    return World(features, weights, right, wanted, mastered, kept)
-
-
-def train_toy(world: World, arm: Arm, steps: int, *, seed: int = 0) -> list[Tensor]:
-    """600 Adam steps of 32 prompts, 8 answers each, and 64 kept answers; every mean by itself. Returns the weights."""
-    seeds = len(world.features)
-    draw = torch.Generator().manual_seed(seed)
-    weights = [part.clone().requires_grad_() for part in world.weights]
-    optimiser = torch.optim.Adam(weights, lr=3e-3)
-    pool = torch.ones_like(world.mastered) if arm.everything else ~world.mastered
-    rows = torch.arange(seeds)[:, None]
-    initial = policy(world.weights, world.features)
-    for _ in range(steps):
-        asked = torch.multinomial(pool.float(), 32, generator=draw)
-        log_p = policy(weights, world.features[rows, asked])
-        drawn = torch.multinomial(log_p.detach().exp().flatten(0, 1), 8, replacement=True, generator=draw)
-        drawn = drawn.view(seeds, 32, 8)
-        reward = (drawn // len(STYLES) == world.right[rows, asked][..., None]).float()
-        advantage = (reward - reward.mean(-1, keepdim=True)) / (reward.std(-1, keepdim=True) + 1e-6)
-        written = log_p.gather(-1, drawn)
-        loss = -(advantage * written).mean((1, 2))
-        if arm.penalty:
-            before = initial[rows, asked]
-            if arm.exact:
-                kl = divergence("reverse_kl").categorical(before.flatten(0, 1), log_p.flatten(0, 1)).view(seeds, 32)
-                loss = loss + arm.penalty * kl.mean(1)
-            else:
-                ratio = before.gather(-1, drawn) - written
-                loss = loss + arm.penalty * (ratio.exp() - 1 - ratio).mean((1, 2))
-        if arm.held is not None:
-            loss = loss + arm.eta * _replayed(world, weights, initial, arm, draw)
-        optimiser.zero_grad()
-        loss.sum().backward()
-        optimiser.step()
-    return [part.detach() for part in weights]
-
-
-def _replayed(world: World, weights: list[Tensor], initial: Tensor, arm: Arm, draw: torch.Generator) -> Tensor:
-    rows = torch.arange(len(world.kept))[:, None]
-    picked = torch.multinomial((world.kept >= 0).flatten(1).float(), 64, replacement=True, generator=draw)
-    prompt, answer = picked // world.kept.shape[-1], world.kept.flatten(1)[rows, picked]
-    model = policy(weights, world.features[rows, prompt]).gather(-1, answer[..., None])[..., 0]
-    target = initial[rows, prompt, answer]
-    assert arm.held is not None
-    D = divergence(arm.held)
-    value = D.surrogate(target, model, drawn_from="target")
-    if not arm.centred:
-        value = value + D.plain_slope * (1 - (model - target).exp())
-    return value.mean(1)
-
-
-def measure_toy(world: World, weights: Sequence[Tensor]) -> dict[str, list[float]]:
-    """Exact, per seed: accuracy, strict pass@16 and style entropy on mastered prompts, the first two on open ones."""
-    p = policy(weights, world.features).exp().view(*world.right.shape, CLASSES, len(STYLES))
-    rows, prompts = torch.arange(len(p))[:, None], torch.arange(PROMPTS)[None]
-    accuracy = p[rows, prompts, world.right].sum(-1)
-    strict = 1 - (1 - p[rows, prompts, world.right, world.wanted]) ** 16
-    style = p.sum(-2)
-    entropy = -(style * style.clamp_min(1e-30).log()).sum(-1)
-
-    def mean(values: Tensor, mask: Tensor) -> list[float]:
-        return ((values * mask).sum(1) / mask.sum(1)).tolist()
-
-    held, rest = world.mastered, ~world.mastered
-    return {
-        "accuracy": mean(accuracy, held),
-        "strict": mean(strict, held),
-        "entropy": mean(entropy, held),
-        "open accuracy": mean(accuracy, rest),
-        "open strict": mean(strict, rest),
-    }
-
-
-def run_toy(*, names: Sequence[str], seeds: int, fit: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """Several arms of one world; "initial" is where they start."""
-    world = make_world(seeds, fit)
-    found = {"initial": measure_toy(world, world.weights)}
-    return found | {name: measure_toy(world, train_toy(world, TOY[name], steps)) for name in names}
 
 
 # (b) A language model
 
 
-def arms() -> "dict[str, Method]":
+def methods() -> "dict[str, Method]":
     from kullback.lm.methods.dph_rl import DPHRL
     from kullback.lm.methods.grpo import GRPO
 
@@ -308,7 +99,7 @@ def arms() -> "dict[str, Method]":
 
 
 def names_of_arms() -> list[str]:
-    return [*arms(), *(arm + TWICE for arm in FAST)]
+    return [*methods(), *(arm + TWICE for arm in FAST)]
 
 
 def train_base(*, folder: Path, steps: int, pool: int, asked: int) -> dict[str, Any]:
@@ -318,7 +109,7 @@ def train_base(*, folder: Path, steps: int, pool: int, asked: int) -> dict[str, 
     """
     from kullback.lm.methods.sft import SFT
 
-    run = running_sums.train(
+    run = arms.train(
         SFT(max_completion=LONGEST),
         student="embedded:student",
         data=SUMS | {"size": 20_000, "held_out": 1},
@@ -341,29 +132,19 @@ def answers_of(
     model: Any, tokenizer: Any, problems: Sequence[int], pool: int, *, samples: int = KS[-1], seed: int = 0
 ) -> dict[str, Any]:
     """For some of `pool` held-out problems: which answers are right, how many right ones differ, -log p and tokens."""
-    from kullback.lm.methods.grpo import GRPO
-    from kullback.lm.moment import Moment
-    from kullback.lm.rollout import Origin
-    from kullback.lm.sources import PlayerSource
     from kullback.lm.tasks import load_task
 
     task = load_task(SUMS | {"held_out": pool}, seed=0)
-    at = Moment({"student": model}, tokenizer, task, GRPO(samples=samples, max_completion=LONGEST), seed=seed)
-    source = PlayerSource("student", Origin.STUDENT, once=True)  # every model with the same uniform numbers
-    rollout = source.write([(place, task.held_out[place]) for place in problems], at)
-    right = (rollout.rewards["accuracy"] == 1).view(len(problems), samples)
-    texts = [tuple(row) for row in rollout.completions.tolist()]
-    different = [
-        len({texts[i * samples + j] for j in range(samples) if right[i, j]}) for i in range(len(problems))
-    ]  # ways of solving
-    surprise = -torch.nan_to_num(rollout.log_probs).view(len(problems), -1).sum(1)
-    tokens = rollout.scored.view(len(problems), -1).sum(1)
-    return {
-        "right": right.int().tolist(),
-        "different": different,
-        "surprise": surprise.tolist(),
-        "tokens": tokens.tolist(),
-    }
+    asked = [task.held_out[place] for place in problems]
+    seen = arms.ask(model, tokenizer, task, asked, samples=samples, longest=LONGEST, seed=seed)
+    found: dict[str, list[Any]] = {"right": [], "different": [], "surprise": [], "tokens": []}
+    for rows in map(seen.of, range(len(problems))):
+        right, texts = (seen.grades["accuracy"][rows] == 1).int().tolist(), seen.texts[rows]
+        found["right"].append(right)
+        found["different"].append(len({text for text, good in zip(texts, right, strict=True) if good}))
+        found["surprise"].append(-float(seen.log_prob[rows].sum()))
+        found["tokens"].append(sum(map(len, texts)))
+    return found
 
 
 FAST = ("GRPO, all prompts", "eta = 0", "forward KL")  # these are also trained at twice the learning rate
@@ -374,8 +155,8 @@ def train_arm(
     *, folder: Path, arm: str, steps: int, size: int, seed: int, problems: Sequence[int], pool: int
 ) -> dict[str, Any]:
     """One arm from the common start, and what it answers afterwards."""
-    run = running_sums.train(
-        arms()[arm.removesuffix(TWICE)],
+    run = arms.train(
+        methods()[arm.removesuffix(TWICE)],
         student=str(folder / "base" / "model"),
         data=SUMS | {"size": size, "held_out": 1},
         output=folder / f"{arm}-{seed}",
@@ -404,32 +185,30 @@ def summary(found: Mapping[str, Any], problems: Sequence[int]) -> dict[str, floa
     return means | {"entropy": sum(found["surprise"][i] for i in problems) / tokens if tokens else math.nan}
 
 
-def _run_all(
-    folder: Path, size: Mapping[str, int], processes: int, quick: bool, console: "Console | None"
-) -> dict[str, Any]:
+def _run_all(job: Job) -> dict[str, Any]:
+    folder, size = job.folder, job.size
     names = list(TOY)
-    half = -(-len(names) // processes)
+    half = -(-len(names) // job.processes)
     toy_jobs = [
         {"names": names[i : i + half], "seeds": size["toy_seeds"], "fit": size["fit"], "steps": size["toy_steps"]}
         for i in range(0, len(names), half)
     ]
-    parts = running_sums.spread(run_toy, toy_jobs, processes=processes, what="04 tabular", console=console)
+    parts = job.spread(run_toy, toy_jobs, "tabular")
     toy = {name: found for part in parts for name, found in part.items()}
-    todo = [{"folder": folder, "steps": size["base"], "pool": size["pool"], "asked": size["asked"]}]
-    (base,) = running_sums.spread(train_base, todo, processes=1, what="04 start", console=console)
-    jobs = [
+    base = train_base(folder=folder, steps=size["base"], pool=size["pool"], asked=size["asked"])
+    todo = [
         {"folder": folder, "arm": arm, "seed": seed, "problems": base["problems"]}
         | {"steps": size["steps"], "size": size["size"], "pool": size["pool"]}
         for seed in range(size["seeds"])
         for arm in names_of_arms()
     ]
-    done = running_sums.spread(train_arm, jobs, processes=processes, what="04 arms", console=console)
+    done = job.spread(train_arm, todo, "arms")
     count = base["mastered"]
     groups = {"mastered": range(count), "open": range(count, len(base["problems"]))}
     trained: dict[str, list[dict[str, Any]]] = {arm: [] for arm in names_of_arms()}
-    for job, run in zip(jobs, done, strict=True):
+    for one, run in zip(todo, done, strict=True):
         each = {name: summary(run["found"], places) for name, places in groups.items()}
-        trained[job["arm"]].append(each | {"path": run["path"]})
+        trained[one["arm"]].append(each | {"path": run["path"]})
     start = {name: summary(base["found"], places) for name, places in groups.items()}
     return {"toy": toy, "base": start | {"counts": {n: len(p) for n, p in groups.items()}}, "arms": trained}
 
@@ -600,13 +379,13 @@ def _figure(toy: Mapping[str, Any], trained: Mapping[str, Any], base: Mapping[st
         x, y = Spread(found["accuracy"]), Spread(found["strict"])
         color = "0.6" if name in swept else COLORS[place % len(COLORS)]
         left.errorbar(x.mean, y.mean, xerr=x.error, yerr=y.error, fmt="o", ms=4, lw=1, color=color)
-    near = dict.fromkeys(swept, (-4, 0, "right"))
+    below = ("eta = 0", "GRPO, all prompts", "forward KL, eta 0.1", "forward KL, eta 0.0125")
     shown = ["initial", "GRPO, all prompts", "eta = 0", "forward KL", "NLL", "penalty, reverse KL", *swept]
     for name in shown:
-        dx, dy, align = near.get(name, (-4, 6, "right"))
         at = (statistics.fmean(toy[name]["accuracy"]), statistics.fmean(toy[name]["strict"]))
         text = "five divergences, eta 1" if name == "forward KL" else name.removeprefix("forward KL, ")
-        left.annotate(text, at, (dx, dy), textcoords="offset points", fontsize=6.5, ha=align)
+        shift = (-4, -11 if name in below else 6)
+        left.annotate(text, at, shift, textcoords="offset points", fontsize=6.5, ha="right")
     left.margins(x=0.3, y=0.1)
     left.set_xlabel("accuracy on mastered prompts")
     left.set_ylabel("strict pass@16 on mastered prompts")

@@ -9,8 +9,6 @@ repeated batches.
 import itertools
 import math
 import statistics
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kullback.divergence import FDivergence, divergence
-from kullback.papers import running_sums
-from kullback.papers.page import Direction, Result, Spread, Table, new_figure, write_page
+from kullback.papers import arms, running_sums
+from kullback.papers.page import Direction, Findings, Spread, Table, new_figure
+from kullback.papers.reproduction import Job, reproduces
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kullback.lm.method import Method
-
-NUMBER = 5
-TITLE = "vOPD: a control variate for on-policy distillation"
-CLAIM = "The exact value of the state as a baseline quietens sampled on-policy distillation, unbiased and almost free."
-SOURCE = "*KL for a KL: On-Policy Distillation with Control Variate Baseline*, [arXiv 2605.07865](https://arxiv.org/abs/2605.07865)"
 
 ARMS = ("sampled", "vOPD, top 5", "vOPD", "full vocabulary")
 SCALES = (0.3, 1.0, 3.0)  # of the student's logits in (a)
@@ -42,40 +34,21 @@ FULL = {"seeds": 3, "teacher": 400, "student": 110, "steps": 300, "batches": 32,
 QUICK = {"seeds": 1, "teacher": 3, "student": 2, "steps": 3, "batches": 3, "rows": 200, "held_out": 16}
 
 
-def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path | None = None) -> Result:
-    """Run both experiments and write the page.
-
-    Args:
-        quick: the same code in seconds, with too few steps to mean anything; (a) is always whole.
-        docs: folder of the page; by default docs/papers, and runs/papers for a quick run.
-    """
-    started, size = time.monotonic(), QUICK if quick else FULL
+@reproduces(5, full=FULL, quick=QUICK, parallel=True)
+def reproduce(job: Job) -> Findings:
+    """Both experiments; (a) is whole in a quick run too."""
     exact = {scale: exact_variances(scale) for scale in SCALES}
-    processes = 1 if quick else min(2, running_sums.cores())
-    with tempfile.TemporaryDirectory(prefix="kullback-") as folder:
-        found = _train_all(Path(folder), size, processes, console)
-    directions = [*_exact_directions(exact), *_training_directions(found, size["seeds"])]
-    numbers = {"exact": exact, **found}
-    return write_page(
-        number=NUMBER,
-        slug="vopd",
-        title=TITLE,
-        claim=CLAIM,
-        source=SOURCE,
-        setup=SETUP.format(**size),
-        directions=directions,
+    found = _train_all(job)
+    return Findings(
+        setup=SETUP.format(**job.size),
+        directions=[*_exact_directions(exact), *_training_directions(found, job.size["seeds"])],
         tables=[_exact_table(exact), *_training_tables(found)],
         figure=_figure(exact, found),
         caption="Left: exact variance at random states, relative to no baseline. Middle: variance over repeated "
         "batches at the common start, per seed. Right: accuracy of own samples while training, mean of the seeds.",
         reading=_reading(found),
         differs=DIFFERS,
-        seconds=time.monotonic() - started,
-        quick=quick,
-        processes=processes,
-        docs=docs,
-        console=console,
-        numbers=numbers,
+        numbers={"exact": exact, **found},
     )
 
 
@@ -196,7 +169,7 @@ def gradient_noise(
             folder,
             train=TrainSettings(seed=seed, prompts_per_step=PROMPTS),
         )
-        with running_sums.quiet():
+        with arms.quiet():
             engine = Engine(method, at := assemble(plan))
         parameters = list(at.model("student").parameters())
         batch_gradients = []
@@ -221,7 +194,7 @@ def train_arm(
     *, folder: Path, arm: str, student: str, rows: int, held_out: int, seed: int, steps: int
 ) -> dict[str, Any]:
     """One arm from the shared start: accuracy and divergence afterwards, accuracy and gradient norm on the way."""
-    run = running_sums.train(
+    run = arms.train(
         method_of(arm, str(folder / "teacher" / "model")),
         student=str(folder / student / "model"),
         data=running_sums.make_task(rows, seed=seed, held_out=held_out),
@@ -243,41 +216,29 @@ def train_arm(
         for name, key in (("accuracy", "rollout/accuracy"), ("norm", "gradient_norm"))
     }
     return {
-        "after": running_sums.measured(run, "student"),
-        "before": running_sums.measured(run, "untrained"),
+        "after": arms.measured(run, "student"),
+        "before": arms.measured(run, "untrained"),
         "path": path,
     }
 
 
-def _train_all(folder: Path, size: Mapping[str, int], processes: int, console: "Console | None") -> dict[str, Any]:
-    seeds = range(size["seeds"])
+def _train_all(job: Job) -> dict[str, Any]:
+    folder, size, seeds = job.folder, job.size, range(job.size["seeds"])
     same = {"folder": folder, "rows": size["rows"], "held_out": size["held_out"]}
     task = running_sums.make_task(size["rows"], seed=100, held_out=size["held_out"])
-    start = {"folder": folder, "task": task, "prompts_per_step": PROMPTS, "learning_rate": RATE}
-    models: list[dict[str, Any]] = [
-        start
-        | {"name": "teacher", "shape": TEACHER, "steps": size["teacher"], "seed": 0, "graded": size["held_out"]}
-        | {
-            "prompts_per_step": 2 * PROMPTS,
-            "learning_rate": 2e-3,
-            "lr_schedule": "cosine",
-            "warmup_steps": size["teacher"] // 20,
-        }
-    ]
-    models += [
-        start | {"name": f"student-{seed}", "shape": STUDENT, "steps": size["student"], "seed": seed} for seed in seeds
-    ]
-    made = running_sums.spread(running_sums.fine_tune, models, processes=processes, what="05 models", console=console)
+    teacher, _ = running_sums.make_models(
+        job, task=task, teacher=TEACHER, student=STUDENT, prompts=PROMPTS, learning_rate=RATE
+    )
     todo = [
         same | {"arm": arm, "student": f"student-{seed}", "seed": seed, "steps": size["steps"]}
         for seed in seeds
         for arm in ARMS
     ]
-    arms = running_sums.spread(train_arm, todo, processes=processes, what="05 arms", console=console)
+    runs = job.spread(train_arm, todo, "arms")
     todo = [same | {"student": f"student-{seed}", "seed": seed, "batches": size["batches"]} for seed in seeds]
-    noise = running_sums.spread(gradient_noise, todo, processes=processes, what="05 variance", console=console)
-    by_arm = {arm: arms[place :: len(ARMS)] for place, arm in enumerate(ARMS)}
-    return {"teacher": made[0], "before": [run["before"] for run in by_arm[ARMS[0]]], "arms": by_arm, "noise": noise}
+    noise = job.spread(gradient_noise, todo, "variance")
+    by_arm = {arm: runs[place :: len(ARMS)] for place, arm in enumerate(ARMS)}
+    return {"teacher": teacher, "before": [run["before"] for run in by_arm[ARMS[0]]], "arms": by_arm, "noise": noise}
 
 
 # The page

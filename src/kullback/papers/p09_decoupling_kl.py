@@ -9,37 +9,19 @@ direction, and with lengths that an entropy gate sets.
 import itertools
 import math
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from kullback.papers import arms, running_sums
+from kullback.papers.page import Direction, Findings, Spread, Table, new_figure
+from kullback.papers.reproduction import Job, reproduces
+from kullback.papers.two_mode_strings import Prefix, tabular_cell
 
-from kullback.divergence import FDivergence, divergence
-from kullback.papers import running_sums
-from kullback.papers.page import Direction, Result, Spread, Table, new_figure, write_page
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-NUMBER = 9
-TITLE = "Decoupling KL and trajectories"
-CLAIM = "Prefix and KL direction are separate choices: reverse KL buys accuracy with entropy, and a mixture keeps both."
-SOURCE = (
-    "*Decoupling KL and Trajectories: A Unified Perspective for SFT, DAgger, Offline RL, and OPD in LLM Distillation*, "
-    "[arXiv 2605.16826](https://arxiv.org/abs/2605.16826)"
-)
-
-Prefix = Literal["teacher", "student"]
 PREFIXES: tuple[Prefix, ...] = ("teacher", "student")
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the reverse term in (a)
 WEIGHTS = (0.0, 0.5, 1.0)  # and in (b)
 NAMES = {0.0: "forward", 0.5: "half", 1.0: "reverse"}
-SYMBOLS, LENGTH, PROMPTS = 4, 4, 40  # of (a)
 TEACHER = {"hidden_size": 96, "layers": 3, "heads": 4}
 STUDENT = {"hidden_size": 24, "layers": 1, "heads": 4}
 PER_STEP, RATE = 32, 3e-3
@@ -58,32 +40,15 @@ FULL = {
 QUICK = {"seeds": 1, "teacher": 3, "student": 2, "steps": 4, "rows": 200, "more": 200, "held_out": 16, "descent": 20}
 
 
-def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path | None = None) -> Result:
-    """Run both experiments and write the page.
-
-    Args:
-        quick: the same code in seconds, with too few steps to mean anything.
-        docs: folder of the page; by default docs/papers, and runs/papers for a quick run.
-    """
-    started, size = time.monotonic(), QUICK if quick else FULL
-    processes = 1 if quick else min(2, running_sums.cores())
-    seeds = 1 if quick else 4
-    todo = [
-        {"prefix": prefix, "weight": weight, "seeds": seeds, "steps": size["descent"]}
-        for prefix in PREFIXES
-        for weight in GRID
-    ]
-    cells = running_sums.spread(tabular_cell, todo, processes=processes, what="09 exact", console=console)
+@reproduces(9, full=FULL, quick=QUICK, parallel=True)
+def reproduce(job: Job) -> Findings:
+    """Both experiments."""
+    size, seeds = job.size, 1 if job.quick else 4
     keys = [(prefix, weight) for prefix in PREFIXES for weight in GRID]
-    exact = dict(zip(keys, cells, strict=True))
-    with tempfile.TemporaryDirectory(prefix="kullback-") as folder:
-        found = _train_all(Path(folder), size, processes, console)
-    return write_page(
-        number=NUMBER,
-        slug="decoupling-kl",
-        title=TITLE,
-        claim=CLAIM,
-        source=SOURCE,
+    todo = [{"prefix": prefix, "weight": weight, "seeds": seeds, "steps": size["descent"]} for prefix, weight in keys]
+    exact = dict(zip(keys, job.spread(tabular_cell, todo, "exact"), strict=True))
+    found = _train_all(job)
+    return Findings(
         setup=SETUP.format(**size, exact_seeds=seeds, probe=_probe_every(size["steps"])),
         directions=[*_exact_directions(exact), *_training_directions(found)],
         tables=[_exact_table(exact), _training_table(found), _gate_table(found)],
@@ -92,97 +57,8 @@ def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path 
         "Right: accuracy against entropy after training, a point per seed.",
         reading=_reading(found),
         differs=DIFFERS,
-        seconds=time.monotonic() - started,
-        quick=quick,
-        processes=processes,
-        docs=docs,
-        console=console,
         numbers={"exact": exact, **found},
     )
-
-
-# (a) Exact
-
-
-def two_modes(prompts: int, draw: torch.Generator) -> tuple[Float[Tensor, "prompt string"], Tensor]:
-    """A teacher over all strings (0.55 on one, 0.40 on another, 0.05 spread evenly), and the right string of each "
-    "prompt."""
-    strings = SYMBOLS**LENGTH
-    first = torch.randint(strings, (prompts,), generator=draw)
-    second = (first + torch.randint(1, strings, (prompts,), generator=draw)) % strings  # another one
-    teacher = torch.full((prompts, strings), 0.05 / strings, dtype=torch.float64)
-    rows = torch.arange(prompts)
-    teacher[rows, first] += 0.55
-    teacher[rows, second] += 0.40
-    right = torch.where(torch.arange(prompts) < round(0.75 * prompts), first, second)
-    return teacher, right
-
-
-def conditionals(
-    strings: Float[Tensor, "prompt string"],
-) -> tuple[Float[Tensor, "prompt prefix"], Float[Tensor, "prompt prefix symbol"]]:
-    """P(prefix) and P(token | prefix) for all prefixes, the empty one first, from probabilities of whole strings."""
-    joint = [strings.view(len(strings), SYMBOLS**t, SYMBOLS, -1).sum(-1) for t in range(LENGTH)]
-    tokens = torch.cat(joint, 1)
-    reach = tokens.sum(-1)
-    return reach, tokens / reach[..., None]
-
-
-def reach_of(logits: Float[Tensor, "prompt position symbol"]) -> list[Float[Tensor, "prompt prefix"]]:
-    """P(prefix) for prefixes of 0, 1, ... tokens, whole strings last, under a student whose tokens are independent."""
-    reach = [torch.ones(len(logits), 1, dtype=logits.dtype)]
-    for t in range(logits.shape[1]):
-        reach.append((reach[-1][..., None] * logits[:, t].softmax(-1)[:, None]).flatten(1))
-    return reach
-
-
-def tabular_cell(*, prefix: Prefix, weight: float, seeds: int, steps: int) -> dict[str, list[float]]:
-    """Descend one cell to its end with exact prefix distributions; a number for each seed.
-
-    The loss is summed over prompts and positions; no gradient flows through who visits a prefix.
-    """
-    from kullback.lm.methods.four_cells import FourCells
-
-    D = divergence(FourCells(teacher="", prefix=prefix, reverse_weight=weight).divergence)
-    drawn = [two_modes(PROMPTS, torch.Generator().manual_seed(seed)) for seed in range(seeds)]
-    teacher, right = torch.cat([one for one, _ in drawn]), torch.cat([one for _, one in drawn])
-    visits, target = conditionals(teacher)
-    target = target.log()
-    position = torch.cat([torch.full((SYMBOLS**t,), t) for t in range(LENGTH)])
-    logits = torch.zeros(len(teacher), LENGTH, SYMBOLS, dtype=torch.float64)
-    for _ in range(steps):
-        if prefix == "student":
-            visits = torch.cat(reach_of(logits)[:-1], 1)
-        logits = logits - cell_gradient(D, target, logits, visits, position)
-    return _tabular_numbers(teacher, right, logits, seeds)
-
-
-def cell_gradient(
-    D: FDivergence,
-    target: Float[Tensor, "prompt prefix symbol"],
-    logits: Float[Tensor, "prompt position symbol"],
-    visits: Float[Tensor, "prompt prefix"],
-    position: Int[Tensor, "prefix"],
-) -> Float[Tensor, "prompt position symbol"]:
-    """Of sum over prefixes of visits * D(target, model), in closed form: at each prefix m (g - E_m g)."""
-    log_model = logits.log_softmax(-1)[:, position]
-    pull = D.weighted_link(target, log_model)
-    pull = pull - log_model.exp() * pull.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).index_add_(1, position, visits[..., None] * pull)
-
-
-def _tabular_numbers(teacher: Tensor, right: Tensor, logits: Tensor, seeds: int) -> dict[str, list[float]]:
-    student, rows = reach_of(logits)[-1], torch.arange(len(teacher))
-    hit = student[rows, right]
-    p = logits.softmax(-1)
-    numbers = {
-        "avg@1": hit,
-        "pass@32": 1 - (1 - hit) ** 32,
-        "entropy": -(p * p.log()).sum(-1).mean(-1),
-        "KL(T||S)": (teacher * (teacher / student).log()).sum(-1),
-        "KL(S||T)": (student * (student / teacher).log()).sum(-1),
-    }
-    return {name: values.view(seeds, -1).mean(-1).tolist() for name, values in numbers.items()}
 
 
 # (b) Training
@@ -211,7 +87,7 @@ def train_arm(
         max_completion=running_sums.LONGEST,
         **curriculum,
     )
-    run = running_sums.train(
+    run = arms.train(
         method,
         student=str(folder / student / "model"),
         data=running_sums.make_task(rows, seed=seed, held_out=held_out, styles=running_sums.STYLES),
@@ -234,32 +110,19 @@ def train_arm(
         "length": [row.get("schedule/source.max_completion", running_sums.LONGEST) for row in run.metrics],
         "probed": [row["probe/entropy"] for row in run.metrics if "probe/entropy" in row],
     }
-    return {"after": running_sums.measured(run, "student"), "path": path}
+    return {"after": arms.measured(run, "student"), "path": path}
 
 
 def _probe_every(steps: int) -> int:
     return max(1, steps // 8)
 
 
-def _train_all(folder: Path, size: Mapping[str, int], processes: int, console: "Console | None") -> dict[str, Any]:
+def _train_all(job: Job) -> dict[str, Any]:
+    folder, size = job.folder, job.size
     seeds, steps, held_out = range(size["seeds"]), size["steps"], size["held_out"]
     task = running_sums.make_task(size["more"], seed=100, held_out=held_out, styles=running_sums.STYLES)
-    start = {"folder": folder, "task": task, "prompts_per_step": PER_STEP, "learning_rate": RATE, "graded": held_out}
-    models: list[dict[str, Any]] = [
-        start
-        | {"name": "teacher", "shape": TEACHER, "steps": size["teacher"], "seed": 0}
-        | {
-            "prompts_per_step": 2 * PER_STEP,
-            "learning_rate": 2e-3,
-            "lr_schedule": "cosine",
-            "warmup_steps": size["teacher"] // 20,
-        }
-    ]
-    models += [
-        start | {"name": f"student-{seed}", "shape": STUDENT, "steps": size["student"], "seed": seed} for seed in seeds
-    ]
-    teacher, *students = running_sums.spread(
-        running_sums.fine_tune, models, processes=processes, what="09 models", console=console
+    teacher, students = running_sums.make_models(
+        job, task=task, teacher=TEACHER, student=STUDENT, prompts=PER_STEP, learning_rate=RATE, graded=held_out
     )
     cells = [(prefix, weight, False) for prefix in PREFIXES for weight in WEIGHTS] + [("student", 1.0, True)]
     todo = [
@@ -275,7 +138,7 @@ def _train_all(folder: Path, size: Mapping[str, int], processes: int, console: "
         for prefix, weight, gated in cells
         for seed in seeds
     ]
-    runs = running_sums.spread(train_arm, todo, processes=processes, what="09 arms", console=console)
+    runs = job.spread(train_arm, todo, "arms")
     by_cell = {cell: runs[place * len(seeds) : (place + 1) * len(seeds)] for place, cell in enumerate(cells)}
     gated = by_cell.pop(("student", 1.0, True))
     return {

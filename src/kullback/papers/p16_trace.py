@@ -6,12 +6,10 @@ an early end elsewhere. Answers are sampled, divergences are exact sums over the
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,20 +19,10 @@ from kullback.divergence import divergence
 from kullback.lm.advantages import group_advantage
 from kullback.lm.predictions import LogitPredictions
 from kullback.lm.signals import clipped_sum
-from kullback.papers.page import Direction, Result, Spread, Table, new_figure, write_page
+from kullback.papers.page import Direction, Findings, Spread, Table, new_figure
+from kullback.papers.reproduction import Job, reproduces
 from kullback.run.controllers import Ramp
 from kullback.run.seeds import generator
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-NUMBER = 16
-TITLE = "TRACE: token-routed self-distillation"
-CLAIM = "Self-distillation on key spans alone keeps the entropy and generalisation that all tokens would cost."
-SOURCE = (
-    "*TRACE: Distilling Where It Matters via Token-Routed Self On-Policy Alignment*, "
-    "[arXiv 2605.10194](https://arxiv.org/abs/2605.10194)"
-)
 
 KL = divergence("forward_kl")
 POSITIONS, KEYS = 20, (6, 13)
@@ -43,7 +31,7 @@ PROMPTS, GROUP = 8, 8
 W0, CLIP_TERMS, EPSILON = 0.5, 0.05, (0.2, 0.28)
 FADE = Ramp("fade", 1.0, 0.0, steps=30, hold=10)
 MARKS = (20, 40, 80, 150)
-SEEDS = range(4)
+FULL, QUICK = {"seeds": 4, "steps": MARKS[-1]}, {"seeds": 1, "steps": 40}
 FIRST_STEPS = 300  # draws over which the lift of one step is averaged
 
 
@@ -164,28 +152,18 @@ def measure(logits: Float[Tensor, "position token"]) -> dict[str, float]:
     }
 
 
-def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path | None = None) -> Result:
-    """Train every arm in both settings and write the page.
-
-    Args:
-        quick: one seed and fewer steps.
-        docs: folder of the page; by default docs/papers, and runs/papers for a quick run.
-    """
-    started = time.monotonic()
-    seeds, steps = (SEEDS[:1], 40) if quick else (SEEDS, MARKS[-1])
+@reproduces(16, full=FULL, quick=QUICK)
+def reproduce(job: Job) -> Findings:
+    """Every arm in both settings."""
+    steps, seeds = job.size["steps"], range(job.size["seeds"])
     marks = tuple(mark for mark in MARKS if mark <= steps)
     paths = {
         (setting.name, arm): [train(setting, arm, seed, steps) for seed in seeds]
         for setting in SETTINGS
         for arm in ARMS
     }
-    return write_page(
-        number=NUMBER,
-        slug="trace",
-        title=TITLE,
-        claim=CLAIM,
-        source=SOURCE,
-        setup=SETUP.format(steps=steps, seeds=len(seeds)),
+    return Findings(
+        setup=SETUP.format(**job.size),
         directions=_directions(paths, marks),
         tables=[table for setting in SETTINGS for table in _tables(paths, setting, marks)],
         figure=_figure(paths),
@@ -193,11 +171,6 @@ def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path 
         "favoured. Means of all seeds; hold and decay of the divergence are shaded.",
         reading=READING,
         differs=DIFFERS,
-        seconds=time.monotonic() - started,
-        quick=quick,
-        processes=1,
-        docs=docs,
-        console=console,
         numbers={"paths": paths},
     )
 

@@ -8,10 +8,8 @@ and budgets. (b) The reward-KL frontier. (c) Sequences with memory, enumerated. 
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,21 +17,11 @@ from torch import Tensor
 
 from kullback.divergence import divergence
 from kullback.estimate import beta_for_kl, expectation, tilt, tilted_kl
-from kullback.papers.page import Direction, Result, Spread, Table, new_figure, write_page
+from kullback.papers.page import Direction, Findings, Spread, Table, new_figure
+from kullback.papers.reproduction import Job, reproduces
 from kullback.run.seeds import generator
 from kullback.theory import tabular
 from kullback.theory.alignment import Agreement, agreement, best_of_n, best_of_n_bound, sum_law
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-NUMBER = 24
-TITLE = "Alignment asymptotics: best-of-N against the optimum"
-CLAIM = "Best-of-N and the KL-constrained optimum agree, per symbol, in reward and in KL as sequences grow."
-SOURCE = (
-    "*Asymptotics of Language Model Alignment*, [arXiv 2404.01730](https://arxiv.org/abs/2404.01730), "
-    "ISIT 2024, pp. 2027-2032"
-)
 
 KL = divergence("reverse_kl")
 SYMBOLS = {
@@ -50,25 +38,16 @@ FULL = {"steps": 1000, "seeds": 5, "last": 400, "samples": 256}
 QUICK = {"steps": 100, "seeds": 1, "last": 40, "samples": 256}
 
 
-def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path | None = None) -> Result:
-    """Run the four experiments and write the page.
-
-    Args:
-        quick: fewer lengths in the search for lattice effects and a shorter training; the rest is always whole.
-        docs: folder of the page; by default docs/papers, and runs/papers for a quick run.
-    """
-    started, size = time.monotonic(), QUICK if quick else FULL
+@reproduces(24, full=FULL, quick=QUICK)
+def reproduce(job: Job) -> Findings:
+    """The four experiments; a quick run searches fewer lengths for lattice effects and trains less."""
+    size = job.size
     grid = compare_grid()
     rises = lattice_effect(range(5, size["last"] + 1))
     curves = {name: frontier(*SYMBOLS[name]) for name in SYMBOLS}
     memory = {name: [with_memory(name, length) for length in MEMORY] for name in ("sticky chain", "pair reward")}
     trained = train(size["steps"], size["seeds"], size["samples"])
-    return write_page(
-        number=NUMBER,
-        slug="alignment-asymptotics",
-        title=TITLE,
-        claim=CLAIM,
-        source=SOURCE,
+    return Findings(
         setup=SETUP.format(**size),
         directions=_directions(grid, rises, curves, memory, trained),
         tables=[_grid_table(grid), _sharp_table(grid), _memory_table(memory), _trained_table(trained)],
@@ -78,11 +57,6 @@ def reproduce(quick: bool = False, console: "Console | None" = None, docs: Path 
         "best-of-N below it.",
         reading=READING,
         differs=DIFFERS,
-        seconds=time.monotonic() - started,
-        quick=quick,
-        processes=1,
-        docs=docs,
-        console=console,
         numbers={"grid": grid, "rises": rises, "frontier": curves, "memory": memory, "trained": trained},
     )
 

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kullback.papers import Paper, find_paper
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -84,6 +86,26 @@ class Spread:
         return f"{self.mean:.{self.digits}f} ± {self.error:.{self.digits + 1}f} ({each})"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a paper's module gives to its page.
+
+    Args:
+        setup, reading: what was done, and how to read what came out; Markdown.
+        differs: from the paper, an item each; also what missed at first and was changed.
+        numbers: the measured numbers by name, for tests and for whoever wants to plot them otherwise.
+    """
+
+    setup: str
+    directions: list[Direction]
+    tables: list[Table]
+    figure: "Figure"
+    caption: str
+    reading: str
+    differs: Sequence[str]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Result:
     """What `reproduce` found.
@@ -94,9 +116,7 @@ class Result:
         numbers: the measured numbers by name, for tests and for whoever wants to plot them otherwise.
     """
 
-    number: int
-    title: str
-    claim: str
+    paper: Paper
     held: Held
     directions: list[Direction]
     tables: list[Table]
@@ -126,10 +146,6 @@ def verdict(directions: Sequence[Direction]) -> Held:
 def write_page(
     *,
     number: int,
-    slug: str,
-    title: str,
-    claim: str,
-    source: str,
     setup: str,
     directions: list[Direction],
     tables: list[Table],
@@ -146,19 +162,14 @@ def write_page(
 ) -> Result:
     """Put a page together, write it to `docs/NN-slug.md` and its figure to `docs/figures/NN-slug.png`, and show it.
 
-    Without `docs` that is docs/papers, and runs/papers for a quick run, which would otherwise replace real numbers.
+    Its title, claim and source are the registry's. Without `docs` that is docs/papers, and runs/papers for a quick run,
+    which would otherwise replace real numbers.
     """
+    paper = find_paper(number)
     docs = docs or Path("runs" if quick else "docs") / "papers"
     held = verdict(directions)
-    name = f"{number:02d}-{slug}"
-    parts = [
-        f"<!-- Written by `kullback reproduce {number:02d}`. Edit src/kullback/papers instead. -->",
-        f"# {number:02d} {title}",
-        f"{source}",
-        f"**Claim.** {claim}",
-        f"**Verdict: {VERDICTS[held]}.** Each direction by itself:",
-        _directions(directions),
-    ]
+    name = f"{number:02d}-{paper.slug}"
+    parts = [*head(paper), f"**Verdict: {VERDICTS[held]}.** Each direction by itself:", _directions(directions)]
     if quick:
         parts.insert(
             4,
@@ -167,7 +178,7 @@ def write_page(
     parts += [f"![{caption}](figures/{name}.png)", f"*{caption}*", "## What was done", setup]
     parts += ["## What was measured", *(table.markdown() for table in tables), "## How to read it", reading]
     parts += ["## What differs from the paper", "\n".join(f"{i}. {line}" for i, line in enumerate(differs, start=1))]
-    command = ["kullback", "reproduce", f"{number:02d}", *(["--quick"] if quick else [])]
+    command = [*paper.command.split(), *(["--quick"] if quick else [])]
     parts += ["## Measured on", f"{machine(seconds, processes)}\n\n```console\n{shlex.join(command)}\n```"]
     text = "\n\n".join(parts) + "\n"
 
@@ -175,9 +186,19 @@ def write_page(
     drawn.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(drawn, dpi=110, metadata={"Software": None})
     page.write_text(text, encoding="utf-8")
-    result = Result(number, title, claim, held, directions, tables, [drawn], seconds, text, page, numbers or {})
+    result = Result(paper, held, directions, tables, [drawn], seconds, text, page, numbers or {})
     show(result, console)
     return result
+
+
+def head(paper: Paper) -> list[str]:
+    """The first parts of a paper's page."""
+    return [
+        f"<!-- Written by `{paper.command}`. Edit src/kullback/papers instead. -->",
+        f"# {paper.number:02d} {paper.name}",
+        paper.source,
+        f"**Claim.** {paper.claim}",
+    ]
 
 
 def show(result: Result, console: "Console | None" = None) -> None:
@@ -200,8 +221,9 @@ def show(result: Result, console: "Console | None" = None) -> None:
         console.print(grid(table.title, table.columns, table.rows))
     words = {True: "yes", False: "no", None: "not decided"}
     rows = [[item.says, words[item.held], item.evidence] for item in result.directions]
-    console.print(grid(f"{result.number:02d} {result.title}", ["direction", "held", "seen"], rows))
-    console.print(f"{result.number:02d}: {VERDICTS[result.held]}, {result.seconds:.0f} s", markup=False)
+    name = f"{result.paper.number:02d} {result.paper.name}"
+    console.print(grid(name, ["direction", "held", "seen"], rows))
+    console.print(f"{name}: {VERDICTS[result.held]}, {result.seconds:.0f} s", markup=False)
 
 
 VERDICTS: dict[Held, str] = {True: "held", "partly": "partly held", False: "not reproduced"}
@@ -213,16 +235,16 @@ def machine(seconds: float, processes: int) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = "one process" if processes == 1 else f"{processes} processes of one thread each"
-    where = f"{cores} CPU cores ({platform.machine()}), {each}"
+    where = f"{cores} CPU core{'' if cores == 1 else 's'} ({platform.machine()}), {each}"
     return f"{where}, {seconds:.0f} s in all; Python {platform.python_version()}, {versions}."
 
 
-def new_figure(panels: int, *, width: float = 3.6, height: float = 3.0) -> "tuple[Figure, Any]":
-    """A row of panels in kullback's colours, without a display."""
+def new_figure(panels: int, *, rows: int = 1, width: float = 3.6, height: float = 3.0) -> "tuple[Figure, Any]":
+    """Panels, so many in each row, row after row; without a display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(width * panels, height * rows), layout="constrained")
+    axes = figure.subplots(rows, panels, squeeze=False).flatten()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)

@@ -7,18 +7,15 @@ Each sum needs the one before it, so what a student writes itself soon differs f
 tiny Qwen3 of `kullback.lm.tiny`, and all training is `kb.train`'s.
 """
 
-import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kullback.papers.arms import measured, train
+from kullback.papers.reproduction import Job
+
 if TYPE_CHECKING:
-    from kullback.lm.api import Run
-    from kullback.lm.method import Method
     from kullback.lm.tasks import Problem
 
 MODULUS, DIGITS = 7, 8
@@ -64,33 +61,6 @@ def make_task(count: int, *, seed: int, held_out: int, styles: Mapping[str, floa
     """What `kb.train(data=...)` takes: rows, and how to grade them (the whole reply must be right)."""
     grading = {"extract": "all"} if styles is None else {"verifier": grade_styles}
     return {"data": make_rows(count + held_out, seed=seed, styles=styles), "held_out": held_out, **grading}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, runs show no progress of their own: a reproduction has one bar over all its runs."""
-    from transformers.utils import logging
-
-    before = os.environ.get("KULLBACK_PROGRESS")
-    os.environ["KULLBACK_PROGRESS"] = "0"
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-        os.environ.pop("KULLBACK_PROGRESS")
-        if before is not None:
-            os.environ["KULLBACK_PROGRESS"] = before
-
-
-def train(method: "Method", **options: Any) -> "Run":
-    """`kb.train`, without words on the way; optimiser, clipping and schedule as it has them by default."""
-    from rich.console import Console
-
-    from kullback.lm.api import train as kb_train
-
-    with quiet():
-        return kb_train(method, overwrite=True, console=Console(quiet=True), **options)
 
 
 def new_model(shape: Mapping[str, int], seed: int) -> tuple[Any, Any]:
@@ -140,46 +110,37 @@ def fine_tune(
     return measured(run, "student")
 
 
-def measured(run: "Run", who: str) -> dict[str, float]:
-    """The values of an evaluation; "accuracy" is its avg@k."""
-    graded = (run.evaluation or {}).get(who) or {}
-    values = {name: item["value"] for name, item in graded.items() if isinstance(item, dict)}
-    tries = [value for name, value in values.items() if name.startswith("avg@")]
-    return values | ({"accuracy": tries[0]} if tries else {})
+def make_models(
+    job: Job,
+    *,
+    task: dict[str, Any],
+    teacher: Mapping[str, int],
+    student: Mapping[str, int],
+    prompts: int,
+    learning_rate: float,
+    graded: int = 0,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """A teacher and a student for each seed of the job, fine-tuned; left in its folder as "teacher" and "student-SEED".
 
+    Args:
+        teacher, student: their shapes; how many steps each is trained for is in the job's size under these names.
+        graded: problems that a student is graded on; the teacher is always, on the held-out ones of the size.
 
-def spread(
-    job: Callable[..., Any], todo: Sequence[Mapping[str, Any]], *, processes: int, what: str, console: Any = None
-) -> list[Any]:
-    """[job(**options) for options in todo], in several processes of one thread each, with one bar over all."""
-    from kullback.run.progress import ProgressBar
-
-    with ProgressBar(len(todo), what, console=console) as progress:
-        if processes == 1:
-            results = []
-            for options in todo:
-                results.append(job(**options))
-                progress.advance()
-            return results
-        with ProcessPoolExecutor(
-            min(processes, len(todo)), mp_context=get_context("spawn"), initializer=_one_thread
-        ) as pool:
-            futures = [pool.submit(job, **options) for options in todo]
-            try:
-                for _ in as_completed(futures):
-                    progress.advance()
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    Returns:
+        How good they are.
+    """
+    size, start = job.size, {"folder": job.folder, "task": task}
+    models: list[dict[str, Any]] = [
+        start
+        | {"name": "teacher", "shape": teacher, "steps": size["teacher"], "seed": 0, "graded": size["held_out"]}
+        | {"prompts_per_step": 2 * prompts, "learning_rate": 2e-3}
+        | {"lr_schedule": "cosine", "warmup_steps": size["teacher"] // 20}
+    ]
+    models += [
+        start
+        | {"name": f"student-{seed}", "shape": student, "steps": size["student"], "seed": seed, "graded": graded}
+        | {"prompts_per_step": prompts, "learning_rate": learning_rate}
+        for seed in range(size["seeds"])
+    ]
+    made, *students = job.spread(fine_tune, models, "models")
+    return made, students

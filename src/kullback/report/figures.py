@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kullback.report.page import models, smoothed
+from kullback.report.curves import smoothed
+from kullback.report.result import models
 from kullback.report.runs import RunData, load_runs, metric, pass_at
 from kullback.report.style import COLORS, Style, styles
 from kullback.report.table import ACCURACY, Runs

@@ -227,12 +227,14 @@
 
   draw();
 
-  // The token viewer. token = [text, divergence, entropy, weight, scored, route, teacher_top, student_top], texts by number
+  // The token viewer. token = [text, divergence, entropy, weight, scored, route, teacher_top, student_top], texts and
+  // routes by number
   const word = (i) => data.strings[i];
   const visible = (text) => (text === "" ? "∅" : text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/ /g, "␣"));
   const MODES = ["divergence", "entropy", "weight", "route"];
   const tokensOf = (samples) => samples.flatMap((sample) => sample.tokens || []);
-  const routes = [...new Set(tokensOf(data.samples).map((t) => t[5]).filter((r) => r !== null))];
+  const routesOf = (samples) => [...new Set(tokensOf(samples).map((t) => t[5]).filter((r) => r !== null))].sort((a, b) => a - b);
+  const routeColor = (route) => `color-mix(in srgb, var(--c${route % 8}) 45%, transparent)`;
   const ceilings = {};
   MODES.slice(0, 3).forEach((mode, i) => {
     const values = tokensOf(data.samples).filter((t) => t[4]).map((t) => t[i + 1]).filter(finite).sort((a, b) => a - b);
@@ -240,7 +242,7 @@
   });
   const tint = (share, color) => `color-mix(in srgb, ${color} ${(82 * Math.min(1, Math.max(0, share)) ** 0.7).toFixed(1)}%, transparent)`;
   const paint = (token, mode) => {
-    if (mode === "route") return token[5] === null ? "transparent" : `color-mix(in srgb, var(--c${routes.indexOf(token[5]) % 8}) 45%, transparent)`;
+    if (mode === "route") return token[5] === null ? "transparent" : routeColor(token[5]);
     const value = token[1 + MODES.indexOf(mode)];
     if (value === "inf") return tint(1, `var(--heat-${mode})`);
     return finite(value) && token[4] ? tint(value / ceilings[mode], `var(--heat-${mode})`) : "transparent";
@@ -253,7 +255,7 @@
     const side = $("detail"), token = sample.tokens[view.token];
     const [text, divergence, entropy, weight, scored, route, teacher, student] = token;
     const nats = (v) => (v === null ? "–" : `${short(v)} nats`);
-    const facts = [["divergence", nats(divergence)], ["entropy of the student", nats(entropy)], ["weight", weight === null ? "–" : short(weight)], ["route", route === null ? "–" : word(route)]];
+    const facts = [["divergence", nats(divergence)], ["entropy of the student", nats(entropy)], ["weight", weight === null ? "–" : short(weight)], ["route", route === null ? "–" : data.routes[route].name]];
     const names = [...new Set([...(teacher || []), ...(student || [])].map(([name]) => name))];
     const side5 = (list, name) => { const hit = (list || []).find(([other]) => other === name); return hit ? hit[1] : null; };
     const cell = (p, list, which) => h("td", { class: which }, p === null
@@ -263,6 +265,7 @@
       h("p", { class: "eyebrow" }, `token ${view.token + 1} of ${sample.tokens.length}${scored ? "" : ", not scored"}`),
       h("p", { class: "tok mono" }, visible(word(text))),
       h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+      route === null || view.mode !== "route" ? null : h("p", { class: "small soft says" }, data.routes[route].says),
       names.length ? h("table", {}, h("thead", {}, h("tr", {}, h("th", { style: { width: "34%" } }, "next token"), h("th", {}, "teacher"), h("th", {}, "student"))),
         h("tbody", {}, names.map((name) => h("tr", name === text ? { class: "drawn" } : {}, h("td", { class: "token", title: visible(word(name)) }, visible(word(name))), cell(side5(teacher, name), teacher, "teacher"), cell(side5(student, name), student, "student")))))
         : h("p", { class: "small faint" }, "The most likely tokens were not stored for this position."),
@@ -281,7 +284,7 @@
   };
   const scale = () => {
     const node = $("scale");
-    if (view.mode === "route") { node.replaceChildren(...routes.map((r, i) => h("span", { class: "key" }, h("i", { style: { background: `color-mix(in srgb, var(--c${i % 8}) 45%, transparent)` } }), word(r)))); return; }
+    if (view.mode === "route") { node.replaceChildren(...routesOf(samplesOf(view.run)).map((r) => h("span", { class: "key", title: data.routes[r].says }, h("i", { style: { background: routeColor(r) } }), data.routes[r].name))); return; }
     const top = ceilings[view.mode], unit = view.mode === "weight" ? "" : " nats";
     node.replaceChildren("0", h("span", { class: "ramp" }, Array.from({ length: 30 }, (_, i) => h("i", { style: { background: tint(i / 29, `var(--heat-${view.mode})`) } }))), `${short(top)}${unit} and more`,
       h("span", { class: "faint" }, "one scale for all runs; dotted: not scored"));
@@ -336,7 +339,8 @@
     rowsOf.forEach((row) => { row.hidden = +row.dataset.run !== run; });
     if (!list.length) return;
     const same = keepPrompt === undefined ? -1 : list.findIndex((sample) => sample.prompt === keepPrompt);
-    const last = list.findLastIndex((sample) => sample.tokens && sample.tokens.length);
+    const routed = view.mode === "route" ? list.findLastIndex((sample) => routesOf([sample]).length > 1) : -1;
+    const last = routed >= 0 ? routed : list.findLastIndex((sample) => sample.tokens && sample.tokens.length);
     picker.value = String(Math.max(0, same >= 0 ? same : last));
     showSample(list[+picker.value]);
   };
@@ -345,8 +349,8 @@
     $("pick-run").append(...present.map((i) => h("option", { value: i }, data.runs[i].label)));
     $("pick-run").addEventListener("change", (event) => showRun(+event.target.value, view.sample && view.sample.prompt));
     $("pick-sample").addEventListener("change", (event) => showSample(samplesOf(view.run)[+event.target.value]));
-    const has = { divergence: ceilings.divergence !== null, entropy: ceilings.entropy !== null, weight: ceilings.weight !== null, route: routes.length > 0 };
-    if (!has.divergence) view.mode = MODES.find((mode) => has[mode]) || "divergence";
+    const has = { divergence: ceilings.divergence !== null, entropy: ceilings.entropy !== null, weight: ceilings.weight !== null, route: data.routes.length > 0 };
+    if (!has.divergence) view.mode = routesOf(data.samples).length > 1 ? "route" : MODES.find((mode) => has[mode]) || "divergence";
     $("modes").append(...MODES.map((mode) => h("button", { type: "button", "data-mode": mode, "aria-pressed": "false", disabled: has[mode] ? null : "", onclick: () => { view.mode = mode; if (view.sample && view.sample.tokens) paintTokens(); } }, mode)));
     $("tokens").addEventListener("keydown", (event) => {
       const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];

@@ -11,6 +11,24 @@ from torch import Tensor
 NAME = "kullback_state"
 
 
+class Saved(dict[str, Any]):
+    """A mapping out of a checkpoint: to ask it for what is not there says so in a sentence."""
+
+    def __init__(self, folder: Path, path: str, items: dict[str, Any]) -> None:
+        super().__init__(items)
+        self.folder, self.path = folder, path
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(_unlike(self.folder, f"{self.path}{key}"))
+
+
+def _unlike(folder: Path, what: str) -> str:
+    return (
+        f"checkpoint={str(folder)!r} has no {what!r}: another version of kullback, or another method, wrote it; resume "
+        "with that one, or start over with another output or --overwrite"
+    )
+
+
 def save_state(state: dict[str, Any], folder: Path) -> None:
     """Write nested dictionaries, lists, numbers, texts and tensors; keys become texts, tuples lists."""
     tensors: dict[str, Tensor] = {}
@@ -35,16 +53,22 @@ def save_state(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote."""
-    path = folder / f"{NAME}.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
+    """What `save_state` wrote.
 
-    def whole(value: Any) -> Any:
+    Raises:
+        ValueError: nothing is there, or (when it is asked for) a key is missing: the checkpoint has an earlier layout.
+    """
+    text, path = folder / f"{NAME}.json", folder / f"{NAME}.safetensors"
+    if not text.is_file():
+        raise ValueError(_unlike(folder, text.name))
+    tensors = Saved(folder, f"{path.name}:", load_file(path) if path.is_file() else {})
+
+    def whole(value: Any, at: str) -> Any:
         if isinstance(value, dict):
             if set(value) == {"__tensor__"}:
                 return tensors[value["__tensor__"]]
-            return {key: whole(item) for key, item in value.items()}
-        return [whole(item) for item in value] if isinstance(value, list) else value
+            return Saved(folder, at, {key: whole(item, f"{at}{key}/") for key, item in value.items()})
+        return [whole(item, at) for item in value] if isinstance(value, list) else value
 
-    state: dict[str, Any] = whole(json.loads((folder / f"{NAME}.json").read_text()))
+    state: dict[str, Any] = whole(json.loads(text.read_text()), "")
     return state

@@ -17,10 +17,10 @@ from torch import Tensor
 Mean = Literal["token", "row", "row_sum", "weight"]
 
 MEANS: dict[Mean, str] = {
-    "token": "mean over {over} tokens",
-    "row": "mean over rows of each row's mean over {over} tokens",
-    "row_sum": "mean over rows of each row's sum over {over} tokens",
-    "weight": "mean over {over} tokens, weighted by {weight}",
+    "token": "mean over {over} of the step",
+    "row": "mean over rows of each row's mean over {over} of the step",
+    "row_sum": "mean over rows of each row's sum over {over} of the step",
+    "weight": "mean over {over} of the step, weighted by {weight}",
 }
 
 
@@ -57,6 +57,21 @@ class Term:
     def key(self) -> tuple[str, Mean | None, str | None]:
         """What its denominator depends on."""
         return (self.over, self.mean, self.weight)
+
+    @property
+    def averaged(self) -> str:
+        """How it is averaged, in words.
+
+        Raises:
+            ValueError: `mean` is left to the method.
+        """
+        if self.mean is None:
+            raise ValueError(f"term {self.name!r} has no mean of its own; put the method's aggregate in its place")
+        mean, over = self.mean, f"{self.over} tokens"
+        if self.value.dim() == 1:  # one number a row: nothing to average within it
+            mean, over = "weight" if mean == "weight" else "token", self.over
+        times = f", each times {self.weight}" if self.weight is not None and self.mean != "weight" else ""
+        return MEANS[mean].format(over=over, weight=self.weight) + times
 
 
 def multipliers(

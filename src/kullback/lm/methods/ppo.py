@@ -16,30 +16,27 @@ Differs from the papers: (1) the penalty's own token is charged g - D more, so t
 D is exact, not sampled; (2) the value head shares the student's trunk; (3) a pass is one optimiser step over all rows.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from kullback.divergence import divergence
-from kullback.lm import Batch, Method, answer, parts, policy, sources
-from kullback.lm.advantages import divergence_cost, generalised_advantage, shaped_reward, whiten
-from kullback.lm.moment import Moment
+from kullback.lm import Batch, answer, parts
+from kullback.lm.advantages import divergence_cost, generalised_advantage, whiten
+from kullback.lm.penalty import refuse_penalty
 from kullback.lm.players import INITIAL
+from kullback.lm.rewarded import RewardMethod
 from kullback.run.terms import Term
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PPO(Method):
+class PPO(RewardMethod):
     """Clipped policy gradient with a value head, generalised advantages and a penalty per token.
 
     Args:
-        rewards: weights of the grades whose sum is maximised; None is {accuracy: 1}.
-        updates: optimiser steps over one draw.
-        clip: how far below and above 1 the ratio is followed.
-        dual: a second limit where A < 0: the loss of a token is at most dual * |A|.
         gamma: discount per token.
         lam: 1 uses what came of a token, 0 what the value head expects; between, less noise for some bias.
         whitening: shift and scale the advantages of a step to mean 0 and deviation 1.
@@ -55,48 +52,27 @@ class PPO(Method):
     updates: int = answer("source", 4)
     reference: Any = answer("target", INITIAL)
     clip: tuple[float, float] = answer("signal", (0.2, 0.2))
-    dual: float | None = answer("signal", None)
     penalty: float = answer("signal", 0.05)
     divergence: str = answer("signal", "reverse_kl")
     value_coefficient: float = answer("signal", 0.5)
     value_clip: float | None = answer("signal", 0.2)
     value_learning_rate: float | None = answer("signal", None)
     value_detach: bool = answer("signal", False)
-    rewards: dict[str, float] | None = answer("weight", None)
     gamma: float = answer("weight", 1.0)
     lam: float = answer("weight", 0.95)
     whitening: bool = answer("weight", True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_penalty(self.penalty, self.reference)
         for name, number in (("gamma", self.gamma), ("lam", self.lam)):
             if not 0 <= number <= 1:
                 raise ValueError(f"weight.{name}={number:g} must be between 0 and 1")
-        if self.penalty < 0:
-            raise ValueError(f"signal.penalty={self.penalty:g} must be at least 0")
-        if self.penalty > 0 and self.reference is None:
-            raise ValueError(
-                f"signal.penalty={self.penalty:g} needs a model to be near to: set target.reference=initial"
-            )
-        if self.sampling_temperature != 1:
-            raise ValueError(
-                f"source.sampling_temperature={self.sampling_temperature:g} draws from another distribution than the "
-                "one that is trained: set it to 1"
-            )
-        if self.dual is not None and self.dual <= 1 + self.clip[1]:
-            raise ValueError(f"signal.dual={self.dual:g} must be above the ratio's own limit, {1 + self.clip[1]:g}")
-
-    @property
-    def passes(self) -> int:
-        return self.updates
 
     @property
     def scores(self) -> tuple[str, ...]:
         penalty = ("log_prob:reference", f"{self.divergence}:reference,student") if self.penalty > 0 else ()
         return ("log_prob:student", "value:critic", *penalty)
-
-    def begin(self, at: Moment) -> None:
-        if at.task.verifier is None:
-            raise ValueError(f"task={at.task.name!r} grades nothing: give it answers or a verifier")
 
     def players(self) -> dict[str, Any]:
         return {"reference": self.reference if self.penalty > 0 else None}
@@ -104,17 +80,13 @@ class PPO(Method):
     def parts(self) -> dict[str, parts.Part]:
         return {"critic": parts.Part(parts.linear, learning_rate=self.value_learning_rate, detach=self.value_detach)}
 
-    def source(self) -> sources.Source:
-        return sources.student(grades=tuple(self.rewards or ()))
-
     def weight(self, step: Batch) -> dict[str, Tensor]:
-        reward = shaped_reward(step.rollout.rewards, self.rewards)
-        known, value = ~reward.isnan(), step["value:critic"]
-        trained = step["scored"] & known[:, None]
+        reward, value = self.reward(step.rollout), step["value:critic"]
+        trained = step["scored"] & ~reward.isnan()[:, None]
         last = trained & (trained.long().cumsum(1) == trained.sum(1, keepdim=True))
         given = torch.where(last, reward[:, None].to(value.dtype), 0.0)
         own = torch.zeros_like(value)
-        columns = {"rollout/reward": reward, "rollout/unknown": (~known).float()}
+        columns = self.shown(step.rollout, reward)
         if self.penalty > 0:
             here = step[f"{self.divergence}:reference,student"]
             link = divergence_cost(
@@ -130,13 +102,11 @@ class PPO(Method):
         return columns | {"trained": trained}
 
     def signal(self, batch: Batch) -> list[Term]:
-        grades = " + ".join(f"{weight:g} {name}" for name, weight in (self.rewards or {"accuracy": 1.0}).items())
-        surrogate = policy(batch, clip=self.clip, dual=self.dual, over="trained")
-        says = f"{surrogate.says}; A: generalised, gamma = {self.gamma:g}, lam = {self.lam:g}, of {grades} at the end"
+        says = f"A: generalised, gamma = {self.gamma:g}, lam = {self.lam:g}, of {self.reward_in_words()} at the end"
         if self.penalty > 0:
             says += f" and - {self.penalty:g} {self.divergence} to the reference at every token"
         return [
-            replace(surrogate, says=says),
+            self.surrogate(batch, says),
             value_loss(batch, "critic", clip=self.value_clip, over="trained", coefficient=self.value_coefficient),
         ]
 

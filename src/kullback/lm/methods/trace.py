@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from kullback.divergence import divergence
-from kullback.lm import Batch, Method, answer, match, policy, readers, sources, targets
-from kullback.lm.advantages import group_advantage, shaped_reward
+from kullback.lm import Batch, answer, match, readers, targets
 from kullback.lm.annotators import Rule, annotator, sum_terms
 from kullback.lm.moment import Moment
 from kullback.lm.players import INITIAL, AdapterOff, Copy
 from kullback.lm.readers import Reader
+from kullback.lm.rewarded import GroupMethod
 from kullback.lm.targets import Target
 from kullback.run.controllers import Controller, Ramp
 from kullback.run.terms import Mean, Term
@@ -40,43 +40,35 @@ from kullback.run.terms import Mean, Term
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TRACE(Method):
+class TRACE(GroupMethod):
     """Policy gradient on verifiable rewards, and self-distillation from a hint on the tokens that decided.
 
     Args:
-        samples: answers to a prompt, compared with each other.
-        updates: optimiser steps over one draw; from the second on the ratio and its limits act.
         annotator: who marks the tokens: "rule" (worked sums), "model" (the student as it is now), the URL of a chat
             endpoint, or path/to/file.py:function.
         annotator_model: the name that an endpoint knows its model by.
         timeout: seconds that an endpoint or a function has for a row.
         cap: largest share of an answer that is marked.
         template: the last turn as the target reads it, from {prompt} and {hint}, the label.
-        clip: how far below and above 1 the ratio is followed.
         key: the divergence on key spans of right answers; None for none.
         error: the divergence on spans of wrong answers' errors; None for none.
         kl: coefficient of both.
         clip_terms: largest term of a divergence's sum over the vocabulary, in nats; None leaves them whole.
-        rewards: weights of the grades whose sum is maximised; None is {accuracy: 1}.
         fade: what is left of `kl`, and what the policy gradient lacks on the spans; the schedule writes it.
         hold: steps before fade begins to fall.
         decay: steps in which it falls to 0; None leaves it at 1.
         sync: steps after which the target's weights are the student's again; None keeps those of the start.
     """
 
-    samples: int = answer("source", 8)
-    updates: int = answer("source", 1)
     annotator: Any = answer("source", "rule")
     annotator_model: str | None = answer("source", None)
     timeout: float = answer("source", 60.0)
     cap: float = answer("source", 0.25)
     template: str = answer("target", "{prompt}\nHint: {hint}")
-    clip: tuple[float, float] = answer("signal", (0.2, 0.28))
     key: str | None = answer("signal", "forward_kl")
     error: str | None = answer("signal", None)
     kl: float = answer("signal", 0.5)
     clip_terms: float | None = answer("signal", None)
-    rewards: dict[str, float] | None = answer("weight", None)
     aggregate: Mean = answer("weight", "row")
     fade: float = answer("weight", 1.0)
     hold: int = answer("schedule", 10)
@@ -84,16 +76,13 @@ class TRACE(Method):
     sync: int | None = answer("schedule", 10)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.key is None and self.error is None:
             raise ValueError("signal.key and signal.error are both null, so nothing is routed: use method grpo")
         for which in self.routes.values():
             divergence(which)
         if self.kl < 0:
             raise ValueError(f"signal.kl={self.kl:g} must be at least 0")
-        if self.samples < 2:
-            raise ValueError(f"source.samples={self.samples} leaves an answer nothing to be compared with: raise it")
-        if self.updates < 1:
-            raise ValueError(f"source.updates={self.updates} must be at least 1")
         if self.sync is not None and self.sync < 1:
             raise ValueError(f"schedule.sync={self.sync} must be at least 1, or null for never")
         if not 0 <= self.fade <= 1:
@@ -111,17 +100,8 @@ class TRACE(Method):
         """Whether anything is routed now; otherwise this is GRPO."""
         return self.kl > 0 and self.fade > 0
 
-    @property
-    def passes(self) -> int:
-        return self.updates
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        return ("log_prob:student",) if self.updates > 1 else ()
-
     def begin(self, at: Moment) -> None:
-        if at.task.verifier is None:
-            raise ValueError(f"task={at.task.name!r} grades nothing: give it answers or a verifier")
+        super().begin(at)
         if self.kl == 0:
             return
         if self.sync is not None and isinstance(at.players.get("hinted"), AdapterOff):
@@ -142,9 +122,6 @@ class TRACE(Method):
     def players(self) -> dict[str, Any]:
         return {"hinted": INITIAL if self.kl > 0 else None}
 
-    def source(self) -> sources.Source:
-        return sources.student(grades=tuple(self.rewards or ()))
-
     def readers(self) -> list[Reader]:
         return [self._reader()] if self.active else []
 
@@ -159,14 +136,13 @@ class TRACE(Method):
         return targets.reading("hinted", hint="label", template=self.template)
 
     def weight(self, step: Batch) -> dict[str, Tensor]:
-        rollout = step.rollout
-        reward, accuracy = shaped_reward(rollout.rewards, self.rewards), rollout.rewards["accuracy"]
+        rollout, accuracy = step.rollout, step.rollout.rewards["accuracy"]
+        reward = self.reward(rollout)
         trained = step["scored"] & ~reward.isnan()[:, None]
-        columns = {
-            "advantage": group_advantage(reward, rollout.group)[:, None] * step["scored"],
+        columns = self.shown(rollout, reward) | {
+            "advantage": self.advantage(reward, rollout)[:, None] * step["scored"],
             "trained": trained,
             "rest": torch.ones_like(trained, dtype=torch.float32),
-            "rollout/reward": reward,
         }
         if self.active:
             marked = readers.marked(rollout) & trained
@@ -178,22 +154,21 @@ class TRACE(Method):
         return columns
 
     def signal(self, batch: Batch) -> list[Term]:
-        per = 1 / self.max_completion if batch.aggregate == "row_sum" else 1.0  # Dr. GRPO's constant
-        terms = [policy(batch, clip=self.clip, weight="rest", over="trained", coefficient=per)]
-        if self.active:
-            for name, which in self.routes.items():
-                terms.append(
-                    match(
-                        which,
-                        batch,
-                        target="hinted",
-                        clip_terms=self.clip_terms,
-                        name=name,
-                        weight=name,
-                        over="trained",
-                        coefficient=self.kl * self.fade * per,
-                    )
+        per = self.per_row(batch)
+        terms = [self.surrogate(batch, self.advantage_in_words(), weight="rest", coefficient=per)]
+        for name, which in self.routes.items() if self.active else ():
+            terms.append(
+                match(
+                    which,
+                    batch,
+                    target="hinted",
+                    clip_terms=self.clip_terms,
+                    name=name,
+                    weight=name,
+                    over="trained",
+                    coefficient=self.kl * self.fade * per,
                 )
+            )
         return terms
 
     def schedule(self) -> list[Controller]:
