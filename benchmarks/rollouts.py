@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
 from kullback.lm.chat import end_ids, prompt_ids
@@ -62,10 +63,8 @@ def measure(setting: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
     problems = load_task(TASK, seed=0).train
     prompts = [prompt_ids(tokenizer, problems[i].messages) for i in range(count)]
     lengths: dict[str, list[list[int]]] = {}
-    contestants = {
-        who: _counted(write, lengths.setdefault(who, []))
-        for who, write in _contestants(setting["model"]().eval(), tokenizer, prompts, limit).items()
-    }
+    writers = _contestants(setting["model"]().eval(), tokenizer, prompts, limit)
+    contestants = {who: _counted(write, lengths.setdefault(who, [])) for who, write in writers.items()}
     timed = harness.take_turns(contestants, 1 if quick else ROUNDS)
     check_lengths(lengths)
     rows = []
@@ -81,6 +80,7 @@ def measure(setting: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
                 "tokens_per_second": sum(map(sum, counted)) / sum(row["seconds"]),
                 "mean_length": statistics.mean(n for call in counted for n in call),
                 "longest": [max(call) for call in counted],
+                "shares": shares(writers[who]) if who == "kullback" else None,
             }
         )
     for row in rows:
@@ -88,6 +88,18 @@ def measure(setting: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
         over = ", ".join(f"{total:.2f} ({middle:.2f})" for total, middle in row["over"].values())
         print(f"{row['who']:30s} {row['tokens_per_second']:9.0f} tokens/s, over TRL's {over}", flush=True)
     return rows
+
+
+def shares(write: Callable[[], Any]) -> dict[str, float]:
+    """Of the time of one call, from a profile: what no faster loop around the model would save."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        write()
+    spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    kinds = {"products": ("mm", "linear"), "attention": ("attention",)}
+    return {
+        kind: sum(t for key, t in spent.items() if any(part in key for part in parts)) / sum(spent.values())
+        for kind, parts in kinds.items()
+    }
 
 
 def speed_over(row: dict[str, Any], peer: dict[str, Any]) -> tuple[float, float]:

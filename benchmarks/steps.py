@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "off-policy, JSD": SMALL | OFF | {"divergence": "jsd(0.5)", "steps": 4},
     "on-policy, reverse KL": SMALL | ON | {"steps": 3},
     "off-policy, reverse KL, wider": WIDE | OFF | {"steps": 3},
-    "off-policy, embedded pair": EMBEDDED | OFF | {"completion": (16, 48), "steps": 40},
+    "off-policy, embedded pair": EMBEDDED | OFF | {"completion": (16, 48), "steps": 40, "limit": True},
     "on-policy, embedded pair": EMBEDDED | ON | {"completion": (48, 48), "steps": 10},
     "GRPO": SMALL | GROUP | {"steps": 2},
     "GRPO, embedded student": EMBEDDED | GROUP | {"completion": (48, 48), "steps": 6},
@@ -289,10 +289,29 @@ def written(case: dict[str, Any]) -> dict[str, Any]:
     return {"max_completion_length": case["completion"][1] + 1, "shuffle_dataset": False}
 
 
+def bare(case: dict[str, Any], folder: str) -> Steps:
+    """What no step of off-policy distillation can do without, heads and loss left out: both models read its rows, the
+    student's gradient, the optimiser. In the fewest lines, on rows that are already there."""
+    student, teacher, tokenizer, rows = setting(case)
+    texts = [torch.tensor(prompt_ids(tokenizer, row["prompt"]) + replies_of(tokenizer, row)[0][:-1]) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, fused=True)
+    clock = Clock()
+    for _ in range(WARM_UP + case["steps"]):
+        with torch.no_grad():
+            teacher.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        student.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.on_step_end()
+    return [], []
+
+
 SIDES = ("chosen", "rejected")
 OURS = {"distillation": our_distillation, "grpo": our_grpo, "dpo": our_dpo}
 THEIRS = {"distillation": ("Distillation", their_distillation), "grpo": ("GRPO", their_grpo), "dpo": ("DPO", their_dpo)}
-RUN: dict[str, Callable[[dict[str, Any], str], Steps]] = {"kullback": with_kullback, "TRL": with_trl}
+RUN: dict[str, Callable[[dict[str, Any], str], Steps]] = {"kullback": with_kullback, "TRL": with_trl, "bare": bare}
 
 
 class Clock(transformers.TrainerCallback):
@@ -367,6 +386,7 @@ def compare(name: str, case: dict[str, Any], turns: int) -> list[dict[str, Any]]
             found[who].append(in_a_process(who, name, case))
     if not case["own_text"]:
         check({who: found[who][0] for who in WHO})
+    limit = in_a_process("bare", name, case)["seconds"] if case.get("limit") else None
     rows = []
     for who in WHO:
         seconds = [statistics.median(one["seconds"]) for one in found[who]]
@@ -383,6 +403,7 @@ def compare(name: str, case: dict[str, Any], turns: int) -> list[dict[str, Any]]
                 "peak_bytes": statistics.median(peaks) if peaks else None,
                 "losses": found[who][0]["losses"][:4],
                 "gradient_norms": found[who][0]["gradient_norms"][:4],
+                "bare_seconds": None if limit is None else statistics.median(limit),
             }
         )
         print(
@@ -411,7 +432,7 @@ def run(quick: bool = False, only: Sequence[str] = ()) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=turn.__doc__)
-    parser.add_argument("who", choices=WHO)
+    parser.add_argument("who", choices=list(RUN))
     parser.add_argument("case", type=json.loads)
     given = parser.parse_args()
     print("\n" + json.dumps(turn(given.who, given.case)))

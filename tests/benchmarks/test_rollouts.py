@@ -16,10 +16,12 @@ def test_from_run_to_section(monkeypatch, tmp_path):
         ours, compiled, text, with_log_probs = piece["rows"]
         assert (ours["who"], compiled["who"]) == ("kullback", "kullback, compiled decode")
         assert (text["who"], with_log_probs["who"]) == rollouts.TRL
+        assert 0 < sum(ours["shares"].values()) < 1
         assert all(0 < tokens <= row["rows"] * row["limit"] for row in piece["rows"] for tokens in row["tokens"])
     harness.save("rollouts", result, tmp_path)
     page = report.write(tmp_path, tmp_path / "performance.md", tmp_path / "images").read_text()
     assert page.count("| TRL, with log-probs |") == 2
+    assert page.count("are matrix products") == 2
 
 
 def test_speeds_are_compared_in_total_and_round_by_round():

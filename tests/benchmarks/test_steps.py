@@ -29,6 +29,13 @@ def test_both_take_the_same_steps_on_fixed_text(trained, tmp_path):
         assert took["TRL"][0][0] > took["TRL"][0][-1] > 0  # it does train
 
 
+def test_the_bare_passes_are_timed_step_by_step(tmp_path):
+    case = SMALL | steps.MATCH | FIXED | {"divergence": "reverse_kl"}
+    steps.Clock.ends.clear()
+    steps.bare(case, str(tmp_path))
+    assert len(steps.Clock.ends) == steps.WARM_UP + 1
+
+
 def test_own_text_has_the_full_length():
     case = SMALL | steps.GROUP | {"completion": (5, 5)}
     student, _, tokenizer, rows = steps.setting(case)
@@ -49,6 +56,8 @@ def test_turns_alternate_and_the_page_shows_their_ratio(monkeypatch, tmp_path, c
 
     def turn(who, name, case):
         asked.append((who, case["own_text"]))
+        if who == "bare":
+            return {"seconds": [0.5, 0.5]}
         seconds = [2.0, 2.0] if who == "TRL" else [1.0, 1.0]
         return {"seconds": seconds, "losses": case["loss"][who], "gradient_norms": [1.0], "peak_bytes": 2**20}
 
@@ -61,6 +70,8 @@ def test_turns_alternate_and_the_page_shows_their_ratio(monkeypatch, tmp_path, c
     assert [row["speed_over_trl"] for row in rows] == [1.0, 2.0]
     result = {"dtype": "float32", "pieces": {"off-policy": {"when": "today", "rows": rows}}}
     assert "| off-policy | 6 | 12 | **2.00** | 1 | 1 | today |" in report.steps(result, tmp_path)
+    result["pieces"]["off-policy"]["rows"] = steps.compare("off-policy", case | {"limit": True}, 1)
+    assert "take 500.0 ms of a step, TRL 2000.0, kullback 1000.0" in report.steps(result, tmp_path)
     wrong = case | {"loss": {"TRL": [1.0], "kullback": [1.1]}}
     with pytest.raises(AssertionError, match="do not compute"):
         steps.compare("off-policy", wrong, 1)
